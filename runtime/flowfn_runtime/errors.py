@@ -70,7 +70,7 @@ class FlowError(Exception):
 
 def _rebuild(cls: type[FlowError], args: tuple[Any, ...], state: dict[str, Any]) -> FlowError:
     # The C-level base decides the memory layout, and with several bases only its own __new__ is accepted.
-    base: type[Any] = OSError if issubclass(cls, OSError) else BaseException
+    base: Any = OSError if issubclass(cls, OSError) else BaseException
     error: FlowError = base.__new__(cls)
     error.args = args
     error.__dict__.update(state)
