@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flowfn_runtime.errors import ConfigError
+
+from flowfn import config
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "project" / "deep"
+    root.mkdir(parents=True)
+    monkeypatch.chdir(root)
+    return root.parent
+
+
+def user(home: Path, text: str) -> None:
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(text)
+
+
+def test_defaults(project: Path) -> None:
+    assert config.load() == config.Config()
+    assert config.load().backend == "local"
+    assert config.load().project == "default"
+
+
+def test_environment_wins_over_project_over_user(
+    project: Path, flow_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user(flow_home, 'backend = "user"\nproject = "user"\nregion = "user"\n[backends.a]\ntype = "ssh"\n')
+    (project / "pyproject.toml").write_text(
+        '[tool.flow]\nbackend = "file"\nproject = "file"\n[tool.flow.backends.b]\ntype = "slurm"\n'
+    )
+    monkeypatch.setenv("FLOW_BACKEND", "env")
+    loaded = config.load()
+    assert (loaded.backend, loaded.project, loaded.region) == ("env", "file", "user")
+    assert set(loaded.backends) == {"a", "b"}
+
+
+def test_a_changed_file_is_read_again(flow_home: Path, project: Path) -> None:
+    user(flow_home, 'project = "one"\n')
+    assert config.load().project == "one"
+    user(flow_home, 'project = "second"\n')
+    assert config.load().project == "second"
+
+
+def test_the_longest_storage_prefix_decides() -> None:
+    loaded = config.Config(storage={"s3://": {"a": 1}, "s3://bucket": {"a": 2}, "s3://bucket/deep/": {"a": 3}})
+    assert loaded.storage_options("s3://other/x") == {"a": 1}
+    assert loaded.storage_options("s3://bucket") == {"a": 2}
+    assert loaded.storage_options("s3://bucket-two/x") == {"a": 1}
+    assert loaded.storage_options("s3://bucket/deep/file") == {"a": 3}
+    assert loaded.storage_options("gs://bucket") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('bakend = "x"', "did you mean 'backend'"),
+        ("backend = 3", "non-empty string"),
+        ("storage = 3", "table of tables"),
+        ("backend = ", "not valid TOML"),
+        ('project = "../x"', "not valid"),
+    ],
+)
+def test_mistakes_are_named(flow_home: Path, project: Path, text: str, says: str) -> None:
+    user(flow_home, text)
+    with pytest.raises(ConfigError, match=says):
+        config.load()
+
+
+def test_secrets_are_not_in_the_repr() -> None:
+    assert "hush" not in repr(config.Config(storage={"s3://b": {"secret": "hush"}}))
+
+
+def test_no_toml_parser_is_imported_without_a_file(tmp_path: Path) -> None:
+    code = "import sys; from flowfn import config; config.load(cwd='/'); print('tomllib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
