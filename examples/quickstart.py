@@ -170,7 +170,7 @@ def run(url: str, source: str) -> None:
     inside = sum(result.reading_s + result.training_s for result in sweep)
     pids = {result.where.partition(",")[0] for result in sweep}
     print(
-        f"   {len(sweep)} calls by {len(pids)} workers ({', '.join(sorted(pids))}): {took:.2f} s, {inside:.2f} s in them"
+        f"   {len(sweep)} calls by {len(pids)} workers ({', '.join(sorted(pids))}), {inside:.2f} s in them: {took:.2f} s"
     )
     best = max(sweep, key=lambda result: result.accuracy)
 
