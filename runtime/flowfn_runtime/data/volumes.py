@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,6 +120,21 @@ def _check(size_gb: int, interface: str, region: str | None, project: str) -> No
         raise ValidationError("region='': name a region, or leave it out")
     if not project:
         raise ValidationError("project='': a volume belongs to a project", hint="leave it out for 'default'")
+
+
+def current_project() -> str:
+    """The project whose volumes are meant where none is named: `FLOW_PROJECT`, else "default".
+
+    The client, which reads configuration files too, puts its own answer in place of `project_from`.
+    """
+    return project_from()
+
+
+def _project_from_environment() -> str:
+    return os.environ.get("FLOW_PROJECT") or DEFAULT_PROJECT
+
+
+project_from: Callable[[], str] = _project_from_environment
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -279,16 +295,18 @@ def attach(
     create: bool = True,
     wait: bool = False,
     size_gb: int = DEFAULT_SIZE_GB,
+    interface: Interface = "block",
+    region: str | None = None,
 ) -> Attachment:
     """Use a volume: until the result is closed, and every process that inherited its `fd` is gone, it can't be deleted.
 
-    `exclusive` keeps every other user out. `create` makes a volume of that *name* if there is none (`size_gb` GB); an
-    unknown id is always `VolumeNotFound`. If the volume is taken: with `wait`, sleep in the kernel until it is free,
-    else `VolumeInUse`.
+    `exclusive` keeps every other user out. `create` makes a volume of that *name* with these properties if there is
+    none; an unknown id is always `VolumeNotFound`. If the volume is taken: with `wait`, sleep in the kernel until it is
+    free, else `VolumeInUse`.
     """
     while True:
         if create and not is_id(id_or_name):
-            volume = find_or_create(id_or_name, size_gb=size_gb, project=project)
+            volume = find_or_create(id_or_name, size_gb=size_gb, interface=interface, region=region, project=project)
         else:
             volume = get(id_or_name, project)
         fd = _acquire(volume, exclusive=exclusive, wait=wait)
