@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowfn_runtime.errors import ValidationError
 from flowfn_runtime.gpu_request import GpuRequest, parse_gpu
@@ -192,8 +192,7 @@ class Environment(Mapping[str, str]):
         return f"Environment({', '.join(f'{name}=***' for name in self._items)})"
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """What a worker is given. Empty or None: whatever is there."""
 
     gpu: tuple[GpuRequest, ...] = ()  # fallbacks, the most wanted first

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowfn_runtime.errors import ValidationError
 
@@ -30,13 +29,12 @@ _BRANDS = ("nvidia", "tesla", "geforce", "generation")
 _MEMORY_TOLERANCE = 0.95  # drivers keep some: a 24 GB A10G shows 23.8e9 bytes
 
 
-@dataclass(frozen=True)
-class GpuRequest:
+class GpuRequest(NamedTuple):  # not a dataclass: making one costs half a millisecond of every import
     """`count` devices of one kind. `model` None: any; `memory_gb`: at least that many GB (10^9 bytes) a device."""
 
     model: str | None = None
     memory_gb: int | None = None
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # nobody counts the items of a request
 
     def __str__(self) -> str:
         """The canonical form, which `parse_gpu` reads back to the same request."""
@@ -62,7 +60,7 @@ def parse_gpu(value: object, *, option: str = "gpu") -> tuple[GpuRequest, ...]:
 
     Raises ValidationError, naming `option`, if it is none of the forms of this module's grammar.
     """
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and not isinstance(value, GpuRequest):
         requests: list[GpuRequest] = []
         for item in value:
             found = _parse(item, option)
