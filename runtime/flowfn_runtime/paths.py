@@ -20,5 +20,12 @@ def cache() -> str:
 
 def private_dir(path: str) -> str:
     """Make `path` (and its parents) as a directory that only this user can enter; return it."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    # makedirs gives its mode to the last directory only.
+    if not os.path.isdir(path):
+        private_dir(os.path.dirname(path))
+        try:
+            os.mkdir(path, mode=0o700)
+        except FileExistsError:  # somebody else was faster, unless it is a file
+            if not os.path.isdir(path):
+                raise
     return path

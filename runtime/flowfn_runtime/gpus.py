@@ -1,0 +1,348 @@
+"""The GPUs of this host: which there are (NVML, or declared), and who has them (locks).
+
+A slot is one device, and one FIFO in the flowfn home that stands for it. Who holds an exclusive `flock` on the FIFO has
+the device; every client and worker of this account on this host takes part, and the kernel frees the lock when the
+last process that inherited it is gone, however it ended. It is a FIFO rather than a file because of those who wait:
+a reader sees its writers go (POLLHUP), so waiting for any of several devices is one `poll`, without threads or timers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import select
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from flowfn_runtime import paths
+from flowfn_runtime.errors import ResourceUnavailable
+from flowfn_runtime.gpu_request import GpuRequest, describe, model_of, parse_slots
+
+log = logging.getLogger("flowfn.gpus")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device, or one slot that `FLOW_GPUS` declares."""
+
+    index: int  # of NVML, which counts in PCI bus order; of the declaration
+    uuid: str  # "GPU-..." or "MIG-..."; "declared-<index>" for a declared slot
+    model: str  # as the GPU grammar spells it: "a100", "rtx-4090"
+    memory_bytes: int  # 0: not known (a slot declared without its memory)
+    declared: bool = False
+    name: str = ""  # as the driver says it
+
+    @property
+    def visible(self) -> str:
+        """What names the device in CUDA_VISIBLE_DEVICES. A declared slot has no uuid that CUDA knows."""
+        return str(self.index) if self.declared else self.uuid
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The GPUs that this process may use."""
+
+    gpus: tuple[Gpu, ...]
+    source: str  # "nvml", "declared" or "none"
+    reason: str = ""  # why there are none, or what keeps some of them from this process
+
+    def __str__(self) -> str:
+        """For messages: "2 x a100 (79 GiB), 1 x h100"."""
+        if not self.gpus:
+            return f"no GPU ({self.reason})"
+        kinds: dict[str, int] = {}
+        for gpu in self.gpus:
+            kind = gpu.model + (f" ({gpu.memory_bytes / 2**30:.0f} GiB)" if gpu.memory_bytes else "")
+            kinds[kind] = kinds.get(kind, 0) + 1
+        text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        return text + (" (declared by FLOW_GPUS)" if self.source == "declared" else "") + self._restriction
+
+    @property
+    def _restriction(self) -> str:
+        return f" ({self.reason})" if self.reason else ""
+
+
+def inventory(declared: str | None = None, *, environ: Mapping[str, str] | None = None) -> Inventory:
+    """The GPUs of this host that this process may use.
+
+    `declared` (the configuration's `gpus`; else the environment's FLOW_GPUS) names slots, `"a100:4,h100:2"`, and then
+    no device is looked for. CUDA_VISIBLE_DEVICES of the process restricts what there is. Without the NVML library or
+    a driver there are none, which is no error. Raises ConfigError if the declaration can't be read.
+    """
+    environ = os.environ if environ is None else environ
+    text = declared if declared is not None else environ.get("FLOW_GPUS", "")
+    if text.strip():
+        gpus, source, reason = _declared(text), "declared", "FLOW_GPUS declares none"
+        if gpus:
+            log.info("GPUs are declared, not found: FLOW_GPUS=%s", text)
+    else:
+        gpus, reason = _read_nvml()
+        source = "nvml"
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus and visible is not None:
+        allowed = _allowed(gpus, visible)
+        if len(allowed) < len(gpus):
+            return Inventory(allowed, source, f"CUDA_VISIBLE_DEVICES={visible!r} leaves {len(allowed)} of {len(gpus)}")
+        gpus = allowed
+    return Inventory(gpus, source, "") if gpus else Inventory((), "none", reason)
+
+
+def _declared(text: str) -> tuple[Gpu, ...]:
+    gpus: list[Gpu] = []
+    for slot in parse_slots(text):
+        for _ in range(slot.count):
+            index = len(gpus)
+            memory = (slot.memory_gb or 0) * 10**9
+            gpus.append(Gpu(index, f"declared-{index}", slot.model or "gpu", memory, True, "declared by FLOW_GPUS"))
+    return tuple(gpus)
+
+
+def _allowed(gpus: tuple[Gpu, ...], visible: str) -> tuple[Gpu, ...]:
+    """What CUDA would show: indices and (beginnings of) uuids, up to the first that names nothing."""
+    allowed: list[Gpu] = []
+    for token in (part.strip() for part in visible.split(",")):
+        if token.isdecimal():
+            # NVML's order is PCI bus order. CUDA's own default may differ where a host has several models.
+            match = [gpu for gpu in gpus if gpu.index == int(token) and not gpu.uuid.startswith("MIG-")]
+        else:
+            match = [gpu for gpu in gpus if token and gpu.uuid.startswith(token)]
+        if len(match) != 1 or match[0] in allowed:
+            break
+        allowed += match
+    return tuple(allowed)
+
+
+@lru_cache(maxsize=1)  # devices don't come and go while a process lives, and a driver takes its time to answer
+def _read_nvml() -> tuple[tuple[Gpu, ...], str]:
+    """The devices, or none and the reason."""
+    try:
+        import pynvml
+    except ImportError:
+        if os.path.exists("/proc/driver/nvidia/version"):
+            return (), "the NVIDIA driver is there but nvidia-ml-py is not: pip install 'flowfn[gpu]'"
+        return (), "this host has no NVIDIA driver"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        if isinstance(error, pynvml.NVMLError_LibraryNotFound):
+            return (), "this host has no NVIDIA driver: libnvidia-ml.so.1 is not found"
+        return (), f"NVML says: {error}"
+    try:
+        gpus: list[Gpu] = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            gpus += [_gpu(pynvml, index, handle) for handle in _instances(pynvml, device)]
+        return tuple(gpus), "" if gpus else "NVML finds no device"
+    except pynvml.NVMLError as error:
+        return (), f"NVML says: {error}"
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _instances(nvml: Any, device: Any) -> list[Any]:
+    """The device itself, or its MIG instances where it is cut into such: then only they can be used."""
+    try:
+        if not nvml.nvmlDeviceGetMigMode(device)[0]:
+            return [device]
+        most = nvml.nvmlDeviceGetMaxMigDeviceCount(device)
+    except nvml.NVMLError:  # a driver or device that knows no MIG
+        return [device]
+    instances = []
+    for index in range(most):
+        try:
+            instances.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(device, index))
+        except nvml.NVMLError:  # the places of instances that were not made
+            continue
+    return instances
+
+
+def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
+    name, uuid = (text.decode() if isinstance(text, bytes) else text for text in _names(nvml, handle))
+    try:
+        memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError:  # unified memory, as on Jetson and GB10
+        memory = 0
+    return Gpu(index, uuid, model_of(name), memory, False, name)
+
+
+def _names(nvml: Any, handle: Any) -> tuple[Any, Any]:
+    return nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """GPUs that are this process's, and of every process that inherits `fds`, until all of them have closed those.
+
+    The descriptors are close-on-exec: hand them on by `pass_fds` of subprocess, or `os.set_inheritable`. Otherwise
+    any program that the user's own code starts would keep the GPUs.
+    """
+
+    gpus: tuple[Gpu, ...]
+    request: GpuRequest | None  # the fallback that was taken; None: no GPU was asked for
+    fds: tuple[int, ...]
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What shows these GPUs, and no other, to a worker. Empty if no GPU was asked for."""
+        if self.request is None:
+            return {}
+        visible = ",".join(gpu.visible for gpu in self.gpus)
+        return {"CUDA_VISIBLE_DEVICES": visible, "NVIDIA_VISIBLE_DEVICES": visible}
+
+    def close(self) -> None:
+        """Give this process's hold on the GPUs up. Processes that inherited it keep theirs. Idempotent."""
+        fds = self.fds
+        object.__setattr__(self, "fds", ())
+        for fd in fds:
+            os.close(fd)  # no LOCK_UN: that would take the GPU from a worker that has inherited it
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check(requests: Sequence[GpuRequest], there: Inventory) -> None:
+    """Raise ResourceUnavailable if none of `requests` could be met even with every GPU free."""
+    if not requests or any(len(_fitting(request, there)) >= request.count for request in requests):
+        return
+    raise ResourceUnavailable(
+        f"gpu: {describe(requests)} asked for; this host has {there}",
+        hint="ask for what `flow gpus` lists, or declare slots without NVML: FLOW_GPUS=a100:4",
+    )
+
+
+def claim(
+    requests: Sequence[GpuRequest],
+    *,
+    there: Inventory | None = None,
+    wait: bool = False,
+    timeout: float | None = None,
+    cancel: int | None = None,
+) -> Claim | None:
+    """Take the GPUs of the first of `requests` (fallbacks) that are free: all of them or none.
+
+    `there` is the host's inventory (looked up if not given). If everything that fits is taken: None, or with
+    `wait=True` blocks until it isn't, at most `timeout` seconds, or until the descriptor `cancel` becomes readable,
+    then None. Waiting takes no turn: a request for many GPUs may be overtaken by ones for few. Raises
+    ResourceUnavailable if nothing here fits, and so waiting would be for ever.
+    """
+    if not requests:
+        return Claim((), None, ())
+    there = inventory() if there is None else there
+    check(requests, there)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    fitting = {gpu for request in requests for gpu in _fitting(request, there)}
+    while True:
+        readers = [_open_reader(_slot(gpu)) for gpu in fitting] if wait else []
+        try:
+            # In this order: what is given back from here on is either found free, or noticed by the poll.
+            if (found := _try(requests, there)) or not wait:
+                return found
+            if not _await_release(readers, deadline, cancel):
+                return None
+        finally:
+            for fd in readers:
+                os.close(fd)
+
+
+def free(there: Inventory) -> tuple[Gpu, ...]:
+    """Those that nobody holds at this moment."""
+    with _Turn():
+        return tuple(gpu for gpu in there.gpus if _probe(_slot(gpu)))
+
+
+def _fitting(request: GpuRequest, there: Inventory) -> list[Gpu]:
+    """The GPUs that fit, the smallest first, so that the larger stay free for those who need them."""
+    gpus = [gpu for gpu in there.gpus if request.fits(gpu.model, gpu.memory_bytes)]
+    return sorted(gpus, key=lambda gpu: (gpu.memory_bytes, gpu.index))
+
+
+def _try(requests: Sequence[GpuRequest], there: Inventory) -> Claim | None:
+    with _Turn():
+        for request in requests:
+            # Nobody else takes a slot in our turn, so what is free now can be had. Slots are locked only when there
+            # are enough: taking two of four and giving them back would wake everybody who waits, who would do the same.
+            gpus = [gpu for gpu in _fitting(request, there) if _probe(_slot(gpu))][: request.count]
+            if len(gpus) == request.count:
+                gpus.sort(key=lambda gpu: gpu.index)  # CUDA numbers devices in the order given: keep the host's
+                return Claim(tuple(gpus), request, tuple(_lock(_slot(gpu)) for gpu in gpus))
+    return None
+
+
+def _await_release(readers: Sequence[int], deadline: float | None, cancel: int | None) -> bool:
+    """Block until a holder of one of the slots is gone (True), or the time is up or `cancel` readable (False)."""
+    poll = select.poll()
+    for fd in readers:
+        poll.register(fd, 0)  # POLLHUP is always reported
+    if cancel is not None:
+        poll.register(cancel, select.POLLIN)
+    left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+    ready = dict(poll.poll(left))
+    return bool(ready) and cancel not in ready
+
+
+class _Turn:
+    """Held while slots are tried, so that two clients can't each get half of what both want. Never held while
+    waiting: it is a matter of microseconds."""
+
+    def __enter__(self) -> None:
+        self._fd = os.open(os.path.join(_directory(), "turn"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        # Closing is not enough: a process that another thread forked just now has the descriptor too.
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        os.close(self._fd)
+
+
+def _directory() -> str:
+    # By host: the home may be on a network filesystem that several hosts share, each with GPUs of its own.
+    return paths.private_dir(os.path.join(paths.home(), "locks", os.uname().nodename, "gpus"))
+
+
+def _slot(gpu: Gpu) -> str:
+    path = os.path.join(_directory(), gpu.uuid.replace("/", "_"))
+    try:
+        os.mkfifo(path, 0o600)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ResourceUnavailable(
+            f"GPUs can't be claimed: no lock can be made in {os.path.dirname(path)} ({error.strerror})",
+            hint="set FLOW_HOME to a directory on a local filesystem",
+        ) from error
+    return path
+
+
+def _open_reader(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _probe(path: str) -> bool:
+    """Whether the slot is free. Reads only: a writer that came and went would wake up everybody who waits."""
+    fd = _open_reader(path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _lock(path: str) -> int:
+    """A descriptor that holds the slot, which is known to be free.
+
+    It is both the lock and the writer that waiters watch: when the kernel closes it, it drops the lock first, and wakes
+    the readers then. With two descriptors they might look before the lock is gone, and sleep on.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
