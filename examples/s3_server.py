@@ -42,6 +42,7 @@ def s3_server(*buckets: str) -> Iterator[str]:
             text=True,
         )
         assert server.stderr is not None
+        rest = threading.Thread(target=server.stderr.read, daemon=True)
         try:
             # It says where it listens once it does.
             for line in server.stderr:
@@ -49,7 +50,7 @@ def s3_server(*buckets: str) -> Iterator[str]:
                     break
             else:
                 raise SystemExit(f"rclone could not serve S3; it ended with status {server.wait()}.")
-            threading.Thread(target=server.stderr.read, daemon=True).start()  # so that it never waits for a reader
+            rest.start()  # so that it never waits for a reader
             with _environment(
                 AWS_ENDPOINT_URL=found[1],
                 AWS_ACCESS_KEY_ID=key,
@@ -61,6 +62,9 @@ def s3_server(*buckets: str) -> Iterator[str]:
         finally:
             server.terminate()
             server.wait()
+            if rest.ident is not None:
+                rest.join()
+            server.stderr.close()
 
 
 @contextlib.contextmanager
