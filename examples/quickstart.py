@@ -22,7 +22,7 @@ from typing import TypeVar
 import fsspec
 import numpy as np
 import numpy.typing as npt
-from s3_server import s3_server
+from loopback_s3 import s3_server
 
 import flowfn as flow
 from flowfn_runtime import paths

@@ -125,7 +125,7 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
 def served(objects: list[str]):  # type: ignore[no-untyped-def]
     """An S3 server with these objects; yields the environment that leads to it."""
     import fsspec
-    from s3_server import s3_server
+    from loopback_s3 import s3_server
 
     with s3_server(*sorted({name.split("/")[0] for name in objects})):
         for name in objects:
