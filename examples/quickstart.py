@@ -168,10 +168,8 @@ def run(url: str, source: str) -> None:
         row = [f"{r.hidden:3d} hidden {r.accuracy:.1%}" for r in sweep if r.learning_rate == rate]
         print(f"   learning rate {rate:<4}  {'   '.join(row)}")
     inside = sum(result.reading_s + result.training_s for result in sweep)
-    pids = {result.where.partition(",")[0] for result in sweep}
-    print(
-        f"   {len(sweep)} calls by {len(pids)} workers ({', '.join(sorted(pids))}), {inside:.2f} s in them: {took:.2f} s"
-    )
+    pids = sorted({result.where.partition(",")[0] for result in sweep})
+    print(f"   {len(sweep)} calls by {len(pids)} workers ({', '.join(pids)}): {took:.2f} s for {inside:.2f} s of work")
     best = max(sweep, key=lambda result: result.accuracy)
 
     heading(4, "Futures: train.spawn(...), awaited")
