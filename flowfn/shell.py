@@ -1,0 +1,63 @@
+"""Entering a running task: a shell among its processes, with its files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+from flowfn_runtime import proctree, taskdir
+from flowfn_runtime.errors import BackendUnavailable, TaskError
+
+if TYPE_CHECKING:
+    from .task import Task
+
+
+def enter(task: Task, command: str | None, node: int) -> int:
+    """Run a shell, or `command`, in the namespaces of a node's sandbox, on this process's own terminal."""
+    import subprocess
+
+    if task.status != "running":
+        raise TaskError(f"task {task.name} is {task.status}; only a running one can be entered")
+    nsenter = shutil.which("nsenter")
+    if nsenter is None:
+        raise BackendUnavailable("nsenter is not installed", hint="apt-get install util-linux")
+    init = _namespace_init(task.task_id, node)
+    inner = _first_child(init)
+    env = _environment(inner)
+    flags = ["--mount", "--pid", "--ipc"]
+    if os.readlink(f"/proc/{init}/ns/user") != os.readlink("/proc/self/ns/user"):
+        flags += ["--user", "--preserve-credentials"]
+    shell = shutil.which("bash") or "/bin/sh"
+    program = [shell, "-c", command] if command is not None else [shell, "-i"]
+    cwd = os.readlink(f"/proc/{inner}/cwd")
+    argv = [nsenter, f"--target={init}", *flags, f"--wdns={cwd}", *program]
+    return subprocess.run(argv, env=env, check=False).returncode
+
+
+def _namespace_init(task_id: str, node: int) -> int:
+    """The process that is number 1 of a node's sandbox."""
+    directory = taskdir.task_dir(task_id)
+    try:
+        with open(os.path.join(directory, "pid")) as file:
+            supervisor = int(file.read())
+    except (FileNotFoundError, ValueError):
+        supervisor = 0
+    inits = [pid for pid in proctree.descendants(supervisor) if supervisor and proctree.is_namespace_init(pid)]
+    for pid in inits:
+        if _environment(pid).get("FLOW_NODE_RANK") == str(node):
+            return pid
+    raise TaskError(f"node {node} of task {task_id} is not running (any more)")
+
+
+def _first_child(pid: int) -> int:
+    return next(iter(proctree.descendants(pid)), pid)
+
+
+def _environment(pid: int) -> dict[str, str]:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            pairs = (entry.partition(b"=") for entry in file.read().split(b"\0") if entry)
+            return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+    except (FileNotFoundError, ProcessLookupError):
+        return {}

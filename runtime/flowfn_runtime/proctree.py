@@ -1,0 +1,145 @@
+"""Starting, awaiting and ending the process trees of one supervisor.
+
+The supervisor is made the "subreaper" of all its descendants: whatever they orphan becomes its child, so that when it
+has no children left, nothing of theirs is left. It sleeps in poll(2) and is woken by signals, never by a timer of its
+own but for deadlines.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop what it does. Not an Exception: no handler of errors may swallow it."""
+
+
+class Wakeup:
+    """Signals as events: SIGCHLD wakes `sleep`, SIGTERM sets `asked` and, while `interruptible`, raises Interrupted."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.interruptible = False
+        self._read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._read, select.POLLIN)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGINT, self._on_term)
+
+    def _on_term(self, _number: int, _frame: object) -> None:
+        self.asked = True
+        if self.interruptible:
+            self.interruptible = False  # once: what cleans up must not be interrupted again
+            raise Interrupted
+
+    def sleep(self, until: float | None) -> None:
+        """Sleep until a signal comes, or the monotonic clock says `until`."""
+        timeout_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
+        if timeout_ms is not None:
+            timeout_ms = min(timeout_ms + 1, 2**31 - 1)
+        if self._poll.poll(timeout_ms):
+            try:
+                os.read(self._read, 4096)
+            except BlockingIOError:
+                pass
+
+    def enter_interruptible(self) -> None:
+        """From here on SIGTERM raises Interrupted, at once if it came already."""
+        self.interruptible = True
+        if self.asked:
+            self.interruptible = False
+            raise Interrupted
+
+
+def become_subreaper() -> None:
+    """Adopt whatever this process's descendants orphan."""
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def start(argv: list[str], env: Mapping[str, str], *, stdin: int, stdout: int, stderr: int) -> int:
+    """Start a program from this thread (which must live as long as the program may); return its process id.
+
+    Inheritable descriptors are inherited. It gets default signal handlers: Python ignores SIGPIPE, programs don't
+    expect that.
+    """
+    actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate((stdin, stdout, stderr))]
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP]
+    return os.posix_spawnp(argv[0], argv, env, file_actions=actions, setsigdef=defaults, setsigmask=[])
+
+
+def reap() -> dict[int, int]:
+    """Exit statuses (negative: the signal) of the children that have ended since, by process id; doesn't wait."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended[pid] = os.waitstatus_to_exitcode(status)
+
+
+def reap_all() -> None:
+    """Wait until no child, own or adopted, is left."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`, parents before their children."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    # pid (command, which may hold anything) state ppid ...
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+            except (OSError, IndexError, ValueError):
+                continue
+            children.setdefault(parent, []).append(int(name))
+    found: list[int] = []
+    pending = [pid]
+    while pending:
+        below = children.get(pending.pop(), [])
+        found.extend(below)
+        pending.extend(below)
+    return found
+
+
+def signal_tree(pid: int, number: int, *, skip: Callable[[int], bool]) -> None:
+    """Send a signal to every process below `pid` but those that `skip` names."""
+    for process in descendants(pid):
+        if not skip(process):
+            send(process, number)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone already."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def is_namespace_init(pid: int) -> bool:
+    """True if the process is number 1 of a process namespace below ours: its death takes all others with it."""
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            numbers = next((line.split()[1:] for line in file if line.startswith("NSpid:")), [])
+    except OSError:
+        return False
+    return len(numbers) > 1 and numbers[-1] == "1"

@@ -1,0 +1,256 @@
+"""Runs one durable task: awaits its turn, makes its sandboxes, keeps its log, and writes down how it ended.
+
+Started by the client as `python -m flowfn_runtime.supervisor <dir> <lock fd> <spec fd>` in a session of its own, it
+outlives the client and belongs to nobody. It holds the task's lock, which came with it from the client, until the very
+end; the kernel lets go if it is killed, and readers know then that the task has failed. Its sandboxes die with it.
+
+The whole spec comes through a descriptor, since it holds the values of `env` and credentials that no file may hold.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import proctree, taskdir
+from .errors import FlowError
+from .proctree import Interrupted, Wakeup
+
+if TYPE_CHECKING:
+    from .tasknode import Nodes
+
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
+
+
+class Ended(Exception):
+    """How the task ended: its state, why, and the command's exit code if there is one."""
+
+    def __init__(self, state: str, reason: str = "", exit_code: int | None = None) -> None:
+        super().__init__(state, reason)
+        self.state, self.reason, self.exit_code = state, reason, exit_code
+
+
+class Supervisor:
+    """The way of one task from its submission to its outcome."""
+
+    def __init__(self, directory: str, lock_fd: int, spec: dict[str, Any], *, terminal: bool = False) -> None:
+        self.directory = directory
+        self.spec = spec
+        self.terminal = terminal  # the command's standard streams are this process's own
+        self._lock_fd = lock_fd
+        self._wakeup = Wakeup()
+        self._started_at: float | None = None
+        self._attempts = 0
+        self._nodes: Nodes | None = None
+
+    def run(self) -> Ended:
+        """Take the task to its end; returns how it ended, which is also written down. Raises nothing."""
+        proctree.become_subreaper()
+        try:
+            # In this order: whoever asks to cancel leaves word first, then looks for the process to wake.
+            taskdir.write_pid(self.directory)
+            if taskdir.cancel_reason(self.directory) is not None:
+                self._wakeup.asked = True
+            self._wakeup.enter_interruptible()
+            self._await_turn()
+            self._prepare()
+            self._wakeup.interruptible = False
+            ended = self._attempt_until_done()
+        except Ended as outcome:
+            ended = outcome
+        except Interrupted:
+            ended = self._cancelled()
+        except FlowError as error:
+            ended = Ended("failed", str(error))
+        except BaseException as error:
+            import traceback
+
+            traceback.print_exc()  # into supervisor.log
+            ended = Ended("failed", f"the supervisor failed: {type(error).__name__}: {error}")
+        self._wakeup.interruptible = False
+        self._finish(ended)
+        return ended
+
+    # -- before it runs
+
+    def _await_turn(self) -> None:
+        # Asleep in the kernel at the lock of each task before this one, nearest first: as a rule that one ends last,
+        # and then the locks of all others are free. Nobody is woken in vain.
+        for task_id in self.spec["after"]:
+            taskdir.wait_released(taskdir.task_dir(task_id))
+        if not self.spec["depends_on"]:
+            return
+        from . import taskdb
+
+        for task_id in self.spec["depends_on"]:
+            taskdir.wait_released(taskdir.task_dir(task_id))
+            row = taskdb.get(task_id)
+            if row.state != taskdb.COMPLETED:
+                raise Ended("failed", f"it depends on {row.name} ({row.id}), which {_verb(row.state)}")
+
+    def _prepare(self) -> None:
+        from .tasknode import Nodes
+
+        self._nodes = Nodes(self.directory, self.spec, terminal=self.terminal)
+        self._nodes.prepare(self._report)
+
+    def _report(self, reason: str) -> None:
+        """Say in the register what the task waits for."""
+        from . import taskdb
+
+        taskdb.update(self.spec["id"], reason=reason)
+
+    # -- while it runs
+
+    def _attempt_until_done(self) -> Ended:
+        delays = list(self.spec["retry_delays_s"])
+        while True:
+            ended = self._attempt()
+            if ended.state != "failed" or ended.exit_code is None or not delays:
+                return ended
+            delay = delays.pop(0)
+            self._note(f"attempt {self._attempts} failed ({ended.reason}); the next one starts in {delay:g} s")
+            again = time.monotonic() + delay
+            while not self._wakeup.asked and time.monotonic() < again:
+                self._wakeup.sleep(again)
+            if self._wakeup.asked:
+                return self._cancelled()
+
+    def _attempt(self) -> Ended:
+        nodes = self._nodes
+        assert nodes is not None
+        self._attempts += 1
+        self._started_at = self._started_at or time.time()
+        pids = nodes.start()
+        limit = self.spec["max_run_time_s"]
+        try:
+            # After the start: the command runs while we write this down.
+            from . import taskdb
+
+            taskdb.update(
+                self.spec["id"],
+                state=taskdb.RUNNING,
+                reason="",
+                started_at=self._started_at,
+                attempts=self._attempts,
+            )
+        except FlowError as error:
+            print(f"flow: {error}", file=sys.stderr)  # the task runs all the same; its outcome will say so
+        return self._watch(pids, None if not limit else time.monotonic() + limit)
+
+    def _watch(self, pids: list[int], deadline: float | None) -> Ended:
+        """Until every node has ended: one that fails, the deadline, and a request to cancel end all others."""
+        running, verdict, kill_at = set(pids), None, None
+        while running:
+            for pid, code in proctree.reap().items():
+                if pid in running:
+                    running.discard(pid)
+                    if code != 0 and verdict is None:
+                        verdict = _failure(code, pids.index(pid), len(pids))
+            if not running:
+                break
+            now = time.monotonic()
+            if self._wakeup.asked and (verdict is None or verdict.state != "cancelled"):
+                verdict, deadline = self._cancelled(), None
+            elif deadline is not None and now >= deadline:
+                hours = self.spec["max_run_time_s"] / 3600
+                verdict, deadline = Ended("failed", f"it ran longer than max_run_time_hours={hours:g}"), None
+            if verdict is not None:
+                if kill_at is None:
+                    kill_at = now + self.spec.get("grace_s", GRACE_S)
+                    for pid in running:
+                        proctree.signal_tree(pid, signal.SIGTERM, skip=proctree.is_namespace_init)
+                elif now >= kill_at:
+                    for pid in running:
+                        proctree.send(pid, signal.SIGKILL)  # the sandbox's own processes die with it
+            waits = [when for when in (deadline, kill_at) if when is not None and when > now]
+            self._wakeup.sleep(min(waits, default=None))
+        proctree.reap_all()
+        return verdict or Ended("completed", "", 0)
+
+    # -- after it ran
+
+    def _cancelled(self) -> Ended:
+        reason = taskdir.cancel_reason(self.directory)
+        return Ended("cancelled", reason if reason is not None else "its supervisor got SIGTERM")
+
+    def _note(self, text: str) -> None:
+        if self._nodes is not None:
+            self._nodes.note(text)
+
+    def _finish(self, ended: Ended) -> None:
+        outcome = {
+            "state": ended.state,
+            "reason": ended.reason,
+            "exit_code": ended.exit_code,
+            "started_at": self._started_at,
+            "ended_at": time.time(),
+            "attempts": self._attempts,
+        }
+        if ended.state == "failed" and ended.reason and self._attempts == 0:
+            self._note(ended.reason)
+        try:
+            if self.spec["call"] and os.path.exists(part := os.path.join(self.directory, "result.part")):
+                os.replace(part, os.path.join(self.directory, "result"))
+            taskdir.write_outcome(self.directory, outcome)
+        except OSError as error:
+            print(f"flow: the outcome can't be written: {error}", file=sys.stderr)
+        if self._nodes is not None:
+            self._nodes.close()
+        taskdir.remove_tree(os.path.join(self.directory, "scratch"))
+        from . import taskdb
+
+        try:
+            taskdb.update(self.spec["id"], **outcome)
+        except FlowError as error:
+            print(f"flow: {error}", file=sys.stderr)  # whoever reads next settles it from the outcome
+        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # by name: a process forked by the client may have the same open file
+        os.close(self._lock_fd)
+
+
+def _failure(code: int, rank: int, nodes: int) -> Ended:
+    # A sandbox reports the signal that killed its command as a shell does.
+    code = 128 - code if code < 0 else code
+    where = f"node {rank} " if nodes > 1 else ""
+    if code > 128:
+        try:
+            return Ended("failed", f"{where}killed by {signal.Signals(code - 128).name}", code)
+        except ValueError:
+            pass
+    return Ended("failed", f"{where}exit code {code}", code)
+
+
+def _verb(state: str) -> str:
+    return {"failed": "failed", "cancelled": "was cancelled"}.get(state, f"is {state}")
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """Close what the client leaked: an inherited pipe would keep somebody waiting as long as the task runs."""
+    low = 3
+    for fd in sorted(kept):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, max(low, os.sysconf("SC_OPEN_MAX")))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `python -m flowfn_runtime.supervisor`."""
+    directory, lock_fd, spec_fd = (arguments or sys.argv[1:])[:3]
+    lock, source = int(lock_fd), int(spec_fd)
+    _close_all_but({lock, source})
+    os.set_inheritable(lock, False)
+    with os.fdopen(source, "rb") as file:
+        file.seek(0)
+        spec = json.loads(file.read())
+    os.chdir("/")
+    os.umask(0o022)
+    Supervisor(directory, lock, spec).run()
+
+
+if __name__ == "__main__":
+    main()

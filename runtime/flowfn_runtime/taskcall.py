@@ -1,0 +1,133 @@
+"""Runs a call made durable, inside of the task's sandbox: `python -m flowfn_runtime.taskcall`.
+
+The call's pickle is read from one inherited descriptor, its outcome written to another. What the function prints goes
+to the task's log like the output of any command; so does the traceback of what it raises, and the exit code is 1 then.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from . import callfile, exceptions, pickling
+from .errors import SerializationError
+from .tasknode import CALL_FD, RESULT_FD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class FileFunction:
+    """A function of a file, which travels as the file's source: what `invoke` runs."""
+
+    def __init__(self, source: str, path: str, name: str, module: str, importable: bool) -> None:
+        self.source = source
+        self.path = path  # relative to the project if it is part of it, else absolute
+        self.name = name
+        self.module = module
+        self.importable = importable  # whether the client can import the module by this name
+
+    def load(self) -> Callable[..., Any]:
+        """Run the file as a module, and return the function."""
+        path = os.path.join(os.getcwd(), self.path)
+        module = types.ModuleType(self.module)
+        module.__file__ = path
+        sys.modules[self.module] = module
+        sys.path.insert(0, os.path.dirname(path))
+        exec(compile(self.source, path, "exec"), module.__dict__)
+        if not self.importable:
+            import cloudpickle
+
+            # What it defines is known to the client by value only.
+            cloudpickle.register_pickle_by_value(module)
+        function: Callable[..., Any] = getattr(module, self.name)
+        return function
+
+
+class StagedArgument:
+    """Stands for an argument that is a URL: in the sandbox its data lies at `path`."""
+
+    def __init__(self, url: str, path: str) -> None:
+        self.url = url
+        self.path = path
+
+    def load(self) -> str:
+        """The path, as a string that knows its URL."""
+        from .data.references import File, StagedPath
+
+        staged = StagedPath(self.path)
+        staged.url = self.url
+        staged._reference = File(self.url)
+        return staged
+
+
+def run(call_fd: int) -> tuple[bytes, pickling.Payload]:
+    """Run the call in this file; its outcome, whatever happens."""
+    references: list[Any] = []
+    ok = False
+    try:
+        read = callfile.read(call_fd)
+        if read is None:
+            raise SerializationError("the call's file is damaged")
+        try:
+            (function, args, kwargs), references = pickling.loads(read[1], read[2])
+        except Exception as error:
+            raise SerializationError(
+                f"the call can't be rebuilt in the task: {type(error).__name__}: {error}",
+                hint="Are the modules that it needs installed, or part of the project?",
+            ) from error
+        for reference in references:
+            reference.prepare()
+        if isinstance(function, FileFunction):
+            function = function.load()
+        value = _settle(function(*map(_load, args), **{name: _load(value) for name, value in kwargs.items()}))
+        outcome = callfile.VALUE, pickling.dumps(value)
+        ok = True
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        # The frames of this module say nothing to the user.
+        return callfile.ERROR, exceptions.dumps(error, skip_frames=1)
+    finally:
+        for reference in references:
+            reference.finish(ok)
+    return outcome
+
+
+def _load(value: Any) -> Any:
+    return value.load() if isinstance(value, StagedArgument) else value
+
+
+def _settle(value: Any) -> Any:
+    """The value of a coroutine; of a generator all that it yields, as a list."""
+    if isinstance(value, types.CoroutineType):
+        import asyncio
+
+        return asyncio.run(value)
+    if isinstance(value, types.GeneratorType):
+        return list(value)
+    return value
+
+
+def main() -> None:
+    """Entry point: take the descriptors from the environment, where the function must not find them."""
+    call_fd, result_fd = int(os.environ.pop(CALL_FD)), int(os.environ.pop(RESULT_FD))
+    for fd in (call_fd, result_fd):
+        os.set_inheritable(fd, False)
+    kind, payload = run(call_fd)
+    try:
+        callfile.write(result_fd, kind, payload)
+    except OSError as error:
+        print(f"flow: the result can't be written: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    sys.exit(0 if kind == callfile.VALUE else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The nodes of a task on this host: what each is given (GPUs, data, code, environment) and how it is started.
+
+Every node is a sandbox: a filesystem of its own with the project's code at the working directory, the mounts at their
+targets and nothing of other tasks. A task of one node is the common case; further ones share the mounts, and have
+working directories, unnamed volumes and logs of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from . import paths, proctree
+from .errors import FlowError
+
+if TYPE_CHECKING:
+    from .data.mounts import Staged
+    from .gpus import Claim, Gpu
+    from .sandbox import Bind
+
+WORKSPACE = "/workspace"
+_RUN_CALL = "import sys; sys.path.append(sys.argv.pop()); from flowfn_runtime.taskcall import main; main()"
+CALL_FD, RESULT_FD = "FLOW_CALL_FD", "FLOW_RESULT_FD"  # how a call made durable finds its pickle and its outcome
+# Rendezvous ports are taken below the range from which the kernel gives out ports of its own.
+_PORTS = range(20000, 32768)
+# Says nothing to a task, or what it says is wrong in there.
+_NOT_INHERITED = ("FLOW_HOME", "FLOW_CACHE", "PWD", "OLDPWD", "_", "SHLVL", "LS_COLORS")
+
+
+class Nodes:
+    """What a task's nodes hold while it runs. `close` gives all of it back."""
+
+    def __init__(self, directory: str, spec: dict[str, Any], *, terminal: bool = False) -> None:
+        self._directory = directory
+        self._spec = spec
+        self._terminal = terminal
+        self._count: int = spec["nodes"]
+        self._gpus: Claim | None = None
+        self._staged: Staged | None = None
+        self._fds: list[int] = []
+        self._null = self._keep(os.open(os.devnull, os.O_RDONLY))
+        self._logs = [] if terminal else [self._open_logs(rank) for rank in range(self._count)]
+        self._commands: list[tuple[list[str], dict[str, str]]] = []
+        # Shared by every process of the sandboxes: while one lives, this lock is held.
+        self._tree = os.open(os.path.join(directory, "tree"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Get all that the nodes need, waiting where others have it; `report` is told what is waited for."""
+        import fcntl
+
+        fcntl.flock(self._tree, fcntl.LOCK_EX)
+        os.set_inheritable(self._tree, True)
+        # Volumes before GPUs: no task ever holds devices while it waits for something else.
+        self._stage(report)
+        self._claim(report)
+        port = self._rendezvous()
+        shared = [] if self._staged is None else list(self._staged.binds)
+        for rank in range(self._count):
+            self._commands.append(self._command(rank, shared, port))
+
+    def start(self) -> list[int]:
+        """Start every node; returns their process ids, by rank."""
+        if self._spec["call"]:
+            self._open_call()
+        pids = []
+        for rank, (argv, env) in enumerate(self._commands):
+            if self._terminal:
+                stdin, stdout, stderr = 0, 1, 2
+            else:
+                stdin, (stdout, stderr) = self._null, self._logs[rank]
+            pids.append(proctree.start(argv, env, stdin=stdin, stdout=stdout, stderr=stderr))
+        return pids
+
+    def note(self, text: str) -> None:
+        """A line of the supervisor's own, in the log of node 0."""
+        line = f"flow: {text}\n".encode(errors="replace")
+        try:
+            os.write(2 if self._terminal else self._logs[0][1], line)
+        except OSError:
+            pass  # a full disk; the outcome says what there is to say
+
+    def close(self) -> None:
+        """Give everything back. The nodes have ended."""
+        if self._gpus is not None:
+            self._gpus.close()
+        if self._staged is not None:
+            self._staged.close()
+        for fd in self._fds:
+            os.close(fd)
+        os.close(self._tree)
+        self._gpus, self._staged, self._fds = None, None, []
+
+    # -- what they are given
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def _open_logs(self, rank: int) -> tuple[int, int]:
+        # The command writes into the files itself: nothing stands between that could lose a line.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        out, err = (self._keep(os.open(f"{self._directory}/{rank}.{name}", flags, 0o600)) for name in ("out", "err"))
+        return out, err
+
+    def _open_call(self) -> None:
+        """The call's pickle and the place of its outcome, inherited by the sandbox under numbers it is told."""
+        result = f"{self._directory}/result.part"
+        call = self._keep(os.open(f"{self._directory}/call", os.O_RDONLY))
+        out = self._keep(os.open(result, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        for fd, name in ((call, CALL_FD), (out, RESULT_FD)):
+            os.set_inheritable(fd, True)
+            for _argv, env in self._commands:
+                env[name] = str(fd)
+
+    def _stage(self, report: Callable[[str], None]) -> None:
+        if not self._spec["mounts"]:
+            return
+        from .data.mounts import stage
+        from .data.spec import Mount
+
+        mounts = [Mount.from_dict(mount) for mount in self._spec["mounts"]]
+        report("its data is being staged")
+        self._staged = stage(mounts, env=self._spec["env"], project=self._spec["project"])
+
+    def _claim(self, report: Callable[[str], None]) -> None:
+        if not self._spec["gpus"]:
+            return
+        from . import gpus
+        from .gpu_request import GpuRequest
+
+        # For all nodes at once: two tasks can't each have half of what both need.
+        requests = [GpuRequest(*request) for request in self._spec["gpus"]]
+        wanted = [request._replace(count=request.count * self._count) for request in requests]
+        claim = gpus.claim(wanted)
+        if claim is None:
+            report("it waits for GPUs that others use")
+            claim = gpus.claim(wanted, wait=True)
+        assert claim is not None
+        self._gpus = claim
+        for fd in claim.fds:
+            os.set_inheritable(fd, True)  # they are free when the last process of the sandboxes is gone
+
+    def _devices(self, rank: int) -> list[Gpu]:
+        """Node `rank`'s share of the GPUs."""
+        if self._gpus is None:
+            return []
+        each = len(self._gpus.gpus) // self._count
+        return list(self._gpus.gpus[rank * each : (rank + 1) * each])
+
+    def _rendezvous(self) -> int:
+        """A free port for the nodes to meet at, which no other task takes meanwhile."""
+        import fcntl
+
+        locks = paths.private_dir(os.path.join(paths.home(), "ports"))
+        for port in random.sample(_PORTS, 200):
+            lock = os.open(os.path.join(locks, str(port)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("", port))
+            except OSError:
+                os.close(lock)
+                continue
+            return self._keep(lock) and port
+        raise FlowError("no free port was found for the nodes to meet at")
+
+    def _command(self, rank: int, shared: list[Bind], port: int) -> tuple[list[str], dict[str, str]]:
+        from . import project, sandbox
+        from .sandbox import Bind
+
+        spec = self._spec
+        scratch = os.path.join(self._directory, "scratch", str(rank))
+        workspace = os.path.join(scratch, "workspace")
+        os.makedirs(workspace, exist_ok=True)
+        binds = list(shared)
+        for number, target in enumerate(spec["ephemeral"]):
+            volume = os.path.join(scratch, f"volume-{number}")
+            os.makedirs(volume, exist_ok=True)
+            binds.append(Bind(volume, target, False))
+        if spec["code"]:
+            project.lay_out(spec["code"], os.path.join(paths.home(), "code"), workspace)
+        devices = self._devices(rank)
+        cwd = spec["working_dir"]
+        targets = {bind.target for bind in binds}
+        if any(cwd == target or cwd.startswith(target + "/") for target in targets):
+            # The command starts in a mount; the code is where it is by default, unless a mount is there as well.
+            if WORKSPACE not in targets:
+                binds.append(Bind(workspace, WORKSPACE, False))
+            workdir = None
+        else:
+            workdir = workspace
+        argv = sandbox.command(
+            self._program(),
+            binds,
+            cwd=cwd,
+            workdir_host=workdir,
+            hide=(paths.home(), paths.cache()),
+            readable=spec["readable"],
+            devices=None if devices else (),
+        )
+        return argv, self._environment(rank, port, devices)
+
+    def _program(self) -> list[str]:
+        if self._spec["call"]:
+            return [self._spec["python"], "-c", _RUN_CALL, self._spec["runtime"]]
+        command = self._spec["command"]
+        if command is None:
+            return ["sleep", "infinity"]
+        if isinstance(command, list):
+            return command
+        return [shutil.which("bash") or "/bin/sh", "-c", command]
+
+    def _environment(self, rank: int, port: int, devices: list[Gpu]) -> dict[str, str]:
+        from .sandbox import environment
+
+        spec = self._spec
+        env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        # `python` is the one that submitted, with the packages it has.
+        bin_dir = os.path.dirname(spec["python"])
+        path = env.get("PATH") or os.defpath
+        if bin_dir not in path.split(os.pathsep):
+            env["PATH"] = bin_dir + os.pathsep + path
+        address = "127.0.0.1"  # all nodes are on this host
+        env |= {
+            "PYTHONUNBUFFERED": "1",  # lines reach the log when they are printed
+            "FLOW_TASK_ID": spec["id"],
+            "FLOW_TASK_NAME": spec["name"],
+            "FLOW_NODE_RANK": str(rank),
+            "FLOW_NODE_COUNT": str(self._count),
+            "FLOW_NODE_IPS": ",".join([address] * self._count),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            # What torchrun takes for its options where the command line says nothing.
+            "PET_NNODES": str(self._count),
+            "PET_NODE_RANK": str(rank),
+            "PET_MASTER_ADDR": address,
+            "PET_MASTER_PORT": str(port),
+            "PET_RDZV_ENDPOINT": f"{address}:{port}",
+            "PET_RDZV_ID": spec["id"],
+        }
+        env["CUDA_VISIBLE_DEVICES"] = env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.visible for gpu in devices)
+        return environment(env | spec["env"])
+
+
+def project_store() -> str:
+    """Where the projects of tasks are kept."""
+    return os.path.join(paths.home(), "code")
