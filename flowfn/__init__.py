@@ -1,0 +1,116 @@
+"""flowfn: run a Python function on the machine that has the GPU and the data.
+
+```python
+import flowfn as flow
+
+@flow.function(gpu="a100:4", mounts={"/train": "s3://datasets/train"})
+def train(lr: float) -> float: ...
+
+loss = train.remote(0.1)
+```
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowfn.backends.base import Backend as Backend
+    from flowfn.client import Flow as Flow
+    from flowfn.client import invoke as invoke
+    from flowfn.client import run as run
+    from flowfn.executor import Executor as Executor
+    from flowfn.function import Function as Function
+    from flowfn.function import function as function
+    from flowfn.future import Future as Future
+    from flowfn.map import Map as Map
+    from flowfn.pool import shutdown as shutdown
+    from flowfn.shared import Shared as Shared
+    from flowfn.shared import put as put
+    from flowfn.spec import Retries as Retries
+    from flowfn.task import Task as Task
+    from flowfn.taskconfig import TaskConfig as TaskConfig
+    from flowfn.taskconfig import VolumeSpec as VolumeSpec
+    from flowfn.volumes import Volume as Volume
+    from flowfn.volumes import create_volume as create_volume
+    from flowfn.volumes import delete_volume as delete_volume
+    from flowfn.volumes import get_volume as get_volume
+    from flowfn.volumes import list_volumes as list_volumes
+    from flowfn_runtime.data.partitions import files as files
+    from flowfn_runtime.data.partitions import partitions as partitions
+    from flowfn_runtime.data.references import Dir as Dir
+    from flowfn_runtime.data.references import File as File
+    from flowfn_runtime.data.references import Output as Output
+    from flowfn_runtime.data.spec import Mount as Mount
+    from flowfn_runtime.data.store import upload as upload
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "flowfn.backends.base": ["Backend"],
+    "flowfn.client": ["Flow", "invoke", "run"],
+    "flowfn.executor": ["Executor"],
+    "flowfn.function": ["Function", "function"],
+    "flowfn.future": ["Future"],
+    "flowfn.map": ["Map"],
+    "flowfn.pool": ["shutdown"],
+    "flowfn.shared": ["Shared", "put"],
+    "flowfn.spec": ["Retries"],
+    "flowfn.task": ["Task"],
+    "flowfn.taskconfig": ["TaskConfig", "VolumeSpec"],
+    "flowfn.volumes": ["Volume", "create_volume", "delete_volume", "get_volume", "list_volumes"],
+    "flowfn_runtime.data.partitions": ["files", "partitions"],
+    "flowfn_runtime.data.references": ["Dir", "File", "Output"],
+    "flowfn_runtime.data.spec": ["Mount"],
+    "flowfn_runtime.data.store": ["upload"],
+}
+_MODULES = {name: module for module, names in _WHERE.items() for name in names}
+_ERRORS = [
+    "FlowError",
+    "ConfigError",
+    "ValidationError",
+    "BackendError",
+    "BackendUnavailable",
+    "ResourceUnavailable",
+    "VersionMismatch",
+    "ProtocolError",
+    "SandboxError",
+    "CallError",
+    "SerializationError",
+    "WorkerLost",
+    "OutOfMemory",
+    "FunctionTimeout",
+    "CallCancelled",
+    "RemoteError",
+    "DataError",
+    "DataNotFound",
+    "DataAccessDenied",
+    "DataChanged",
+    "DataUnavailable",
+    "CacheFull",
+    "VolumeError",
+    "VolumeNotFound",
+    "VolumeInUse",
+    "VolumeConflict",
+    "TaskError",
+    "TaskNotFound",
+    "TaskFailed",
+    "NameConflict",
+]
+_MODULES.update(dict.fromkeys(_ERRORS, "flowfn_runtime.errors"))
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

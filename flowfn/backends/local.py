@@ -1,0 +1,283 @@
+"""The embedded backend: workers on this machine, nothing to install or start.
+
+A host process (`flowfn_runtime.host`) forks the workers; there is one for all workers that can share it, and one for
+each combination of mounts, in a filesystem of its own. A worker's stream is a socket pair, and a second one passes the
+descriptors of shared memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import flowfn_runtime
+from flowfn.backends.base import Backend, Connection, Exit
+from flowfn_runtime import wire
+from flowfn_runtime.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from flowfn.spec import FunctionSpec
+
+# The environment that only counts when a program starts; workers that differ in it can't share a host.
+_EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
+_BOOT = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({root!r}); "
+    "from flowfn_runtime.host import main; main()"
+)
+_PACKET_BYTES = 1 << 20
+
+
+class LocalConnection(Connection):
+    def __init__(self, host: _Host, number: int, stream: wire.Stream, side: socket.socket | None, env: Any) -> None:
+        self.stream = stream
+        self.label = "local"
+        self.number = number
+        self._host = host
+        self.side = side
+        self._env = env
+        self._ended = threading.Event()
+        self._exit = Exit()
+
+    def hello(self) -> Mapping[str, Any]:
+        started_with = self._host.environ
+        now = {**os.environ, **self._env}
+        try:
+            cwd: str | None = os.getcwd()
+        except FileNotFoundError:
+            cwd = None
+        return {
+            "env": {name: value for name, value in now.items() if started_with.get(name) != value},
+            "unset": [name for name in started_with if name not in now],
+            "sys_path": [os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
+            "cwd": cwd,
+            "argv0": sys.argv[0] if sys.argv else "",
+            "shm": self.side is not None,
+        }
+
+    def kill(self) -> None:
+        self._host.send({"op": "kill", "id": self.number})
+
+    def ended(self, how: Exit) -> None:
+        self._exit = how
+        self._ended.set()
+
+    def exit(self, timeout: float) -> Exit:
+        self._ended.wait(timeout)
+        return self._exit
+
+    def close(self) -> None:
+        super().close()
+        if self.side is not None:
+            self.side.close()
+
+
+class _Host:
+    """One host process, and the thread that hears from it."""
+
+    def __init__(self, env: Mapping[str, str], launch: dict[str, Any] | None) -> None:
+        self.environ = {**os.environ, **{k: v for k, v in env.items() if k.startswith(_EARLY)}}
+        self._lock = threading.Lock()
+        self._connections: dict[int, LocalConnection] = {}
+        self._count = 0
+        self.error: BaseException | None = None
+        self.staged = threading.Event()
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = _spawn(theirs, self.environ)
+        theirs.close()
+        self._reader = threading.Thread(target=self._listen, name="flowfn-host", daemon=True)
+        self._reader.start()
+        if launch is not None:
+            self.send({"op": "launch", **launch})
+        else:
+            self.staged.set()
+
+    def connect(self, request: dict[str, Any], env: Any, accelerated: bool) -> LocalConnection:
+        self.staged.wait()
+        ours, theirs = socket.socketpair()
+        sides = socket.socketpair() if accelerated else ()
+        with self._lock:
+            self._count += 1
+            number = self._count
+            fd = ours.detach()
+            connection = LocalConnection(self, number, wire.Stream(fd, fd), sides[0] if sides else None, env)
+            self._connections[number] = connection
+        fds = [theirs.fileno(), *([sides[1].fileno()] if sides else [])]
+        try:
+            sent = self.send({"op": "fork", "id": number, **request}, fds)
+        finally:
+            theirs.close()
+            if sides:
+                sides[1].close()
+        if not sent:
+            connection.close()
+            raise self.error or BackendUnavailable("the host process of the local backend is gone")
+        return connection
+
+    def send(self, message: dict[str, Any], fds: list[int] | None = None) -> bool:
+        try:
+            socket.send_fds(self.control, [json.dumps(message).encode()], fds or [])
+        except OSError:
+            return False
+        return True
+
+    @property
+    def alive(self) -> bool:
+        return self._reader.is_alive()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                data = self.control.recv(_PACKET_BYTES)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            self._hear(json.loads(data))
+        how = _reap(self.pid)
+        with self._lock:
+            left, self._connections = list(self._connections.values()), {}
+        for connection in left:
+            connection.ended(Exit(detail=f"the host process of the local backend {how}"))
+        if not self.staged.is_set():
+            self.error = self.error or BackendUnavailable(f"the host process of the local backend {how} while starting")
+            self.staged.set()
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if "exitcode" in message:
+            with self._lock:
+                connection = self._connections.pop(message["id"], None)
+            if connection is not None:
+                memory = message.get("out_of_memory") or {}
+                connection.ended(Exit(message["exitcode"], memory.get("limit"), memory.get("peak")))
+        elif "started" in message:
+            if connection := self._connections.get(message["id"]):
+                connection.label = f"local pid {message['pid']}"
+        elif "progress" in message:
+            from flowfn import terminal
+
+            terminal.staging(message["progress"])
+        elif "launched" in message:
+            self.staged.set()
+        elif "error" in message:
+            from flowfn_runtime import exceptions
+
+            self.error = exceptions.loads(base64.b64decode(message["error"]))
+            self.staged.set()
+
+    def close(self) -> None:
+        """End the host and its workers; returns when it is gone."""
+        try:
+            self.control.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._reader.join(5)
+        self.control.close()
+
+
+def _reap(pid: int) -> str:
+    try:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return "ended"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _spawn(control: socket.socket, environ: Mapping[str, str]) -> int:
+    """Start a host process that has the control socket as descriptor 3 and a descriptor of this process as 4.
+
+    posix_spawn and not fork: threads, locks and CUDA contexts of this process don't matter to it.
+    """
+    if not sys.executable:
+        raise BackendUnavailable("this Python does not know its own executable", hint="run under a regular python")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__)))
+    actions: list[tuple[Any, ...]] = []
+    # Out of the way first: the targets 3 and 4 may be the numbers of the sources.
+    import fcntl
+
+    high = [fcntl.fcntl(control.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)]
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+        high.append(fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 10))
+        os.close(pidfd)
+    except (AttributeError, OSError):
+        pass  # an old kernel
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, fd, 3 + i) for i, fd in enumerate(high)]
+        if len(high) == 1:
+            actions.append((os.POSIX_SPAWN_OPEN, 4, os.devnull, os.O_RDONLY, 0))
+        actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
+        argv = [sys.executable, "-c", _BOOT.format(root=root)]
+        defaults = [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP]
+        return os.posix_spawn(sys.executable, argv, environ, file_actions=actions, setsigdef=defaults)
+    except OSError as error:
+        raise BackendUnavailable(f"no process can be started with {sys.executable}: {error}") from error
+    finally:
+        for fd in high:
+            os.close(fd)
+
+
+class LocalBackend(Backend):
+    """Workers on this machine.
+
+    `accelerated=False` does without shared memory: everything goes through the byte stream, as it does to other
+    machines.
+    """
+
+    name = "local"
+
+    def __init__(self, *, accelerated: bool = True) -> None:
+        self.accelerated = accelerated and hasattr(os, "memfd_create")
+        self._hosts: dict[Any, _Host] = {}
+        self._lock = threading.Lock()
+
+    def connect(self, spec: FunctionSpec) -> Connection:
+        env = spec.environment(os.environ)
+        request: dict[str, Any] = {}
+        if spec.memory:
+            request["memory"] = spec.memory
+        if spec.cpu:
+            request["cpus"] = spec.cpu
+        if spec.gpu:
+            request["gpus"] = [(g.model, g.memory_gb, g.count) for g in spec.gpu]
+        return self._host(spec, env).connect(request, env, self.accelerated)
+
+    def _host(self, spec: FunctionSpec, env: Mapping[str, str]) -> _Host:
+        early = tuple(sorted((k, v) for k, v in env.items() if k.startswith(_EARLY)))
+        mounted = spec.shape if spec.mounts else None
+        with self._lock:
+            host = self._hosts.get((mounted, early))
+            if host is None or not host.alive:
+                launch = None
+                if spec.mounts:
+                    from flowfn import config
+
+                    mounts = [mount.to_dict() for mount in spec.mounts]
+                    launch = {"mounts": mounts, "env": dict(env), "project": config.load().project}
+                host = self._hosts[(mounted, early)] = _Host(env, launch)
+        host.staged.wait()
+        if host.error is not None:
+            with self._lock:
+                self._hosts.pop((mounted, early), None)
+            raise host.error
+        return host
+
+    def slots(self, spec: FunctionSpec) -> int:
+        if spec.gpu:
+            from flowfn_runtime import gpus
+
+            return gpus.slots([(g.model, g.memory_gb, g.count) for g in spec.gpu])
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, int(cores // spec.cpu)) if spec.cpu else cores
+
+    def close(self) -> None:
+        with self._lock:
+            hosts, self._hosts = list(self._hosts.values()), {}
+        for host in hosts:
+            host.close()

@@ -1,0 +1,87 @@
+"""Finding backends: entry points of the group `flowfn.backends`, loaded only when asked for."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from flowfn.backends.base import Backend
+from flowfn_runtime.errors import BackendUnavailable, ConfigError
+
+GROUP = "flowfn.backends"
+BUILT_IN = {"local": "flowfn.backends.local:LocalBackend"}  # known without reading every package's metadata
+
+_made: dict[Any, Backend] = {}
+_lock = threading.RLock()
+
+
+def get(choice: Any = None) -> Backend:
+    """The backend of that name, URL (`ssh://host`) or configured name; a Backend object is returned as it is.
+
+    None asks the configuration (`FLOW_BACKEND` and so on). Raises ConfigError for a name that nobody offers.
+    """
+    if isinstance(choice, Backend):
+        return choice
+    from flowfn import config
+
+    settings = config.load()
+    name = choice if choice is not None else settings.backend
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"backend={choice!r} is a {type(choice).__name__}", hint="pass a backend's name or a Backend object"
+        )
+    with _lock:
+        if name not in _made:
+            options = dict(settings.backends.get(name, {}))
+            kind = options.pop("type", name.partition("://")[0])
+            url = name if "://" in name else options.pop("url", None)
+            try:
+                _made[name] = _load(kind)(**({"url": url} if url else {}), **options)
+            except TypeError as error:
+                raise ConfigError(f"backend {name!r}: {error}") from error
+        return _made[name]
+
+
+def names() -> list[str]:
+    """The names of all backends that are installed."""
+    from importlib.metadata import entry_points
+
+    return sorted({entry.name for entry in entry_points(group=GROUP)} | set(BUILT_IN))
+
+
+def _load(kind: str) -> Any:
+    target = BUILT_IN.get(kind)
+    if target is None:
+        from importlib.metadata import entry_points
+
+        found = list(entry_points(group=GROUP, name=kind))
+        if not found:
+            raise ConfigError(
+                f"there is no backend {kind!r}", hint=f"installed are: {', '.join(names())}; is its package missing?"
+            )
+        target = found[0].value
+    module, _, attribute = target.partition(":")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"backend {kind!r} can't be loaded: {error}", hint=f"pip install 'flowfn[{kind}]'"
+        ) from error
+
+
+def close_all() -> None:
+    """Close every backend that was made."""
+    with _lock:
+        backends = list(_made.values())
+        _made.clear()
+    for backend in backends:
+        backend.close()
+
+
+def forget() -> None:
+    """In a forked child: the backends are the parent's."""
+    global _lock
+    _made.clear()
+    _lock = threading.RLock()

@@ -1,0 +1,389 @@
+"""The handle: what `@flow.function` makes of a function, and the ways to run it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import warnings
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+from flowfn import body as bodies_here
+from flowfn import pool as pools
+from flowfn.shared import Shared
+from flowfn.spec import FunctionSpec
+from flowfn_runtime import bodies, pickling
+from flowfn_runtime.errors import SerializationError, ValidationError
+
+if TYPE_CHECKING:
+    from flowfn.call import Call
+    from flowfn.future import Future
+    from flowfn.map import Map
+    from flowfn.pool import Pool
+    from flowfn.task import Task
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Function(Generic[P, R]):
+    """A function that can be run here, by calling it, or elsewhere. Made by `flow.function`.
+
+    Attributes: `name`, for logs and listings; `spec`, the options.
+    """
+
+    __flow_wrapped__: Callable[P, R]
+
+    def __init__(self, function: Callable[P, R], spec: FunctionSpec) -> None:
+        self.__flow_wrapped__ = function
+        self.spec = spec
+        self.name = spec.name or getattr(function, "__qualname__", type(function).__qualname__).replace("<locals>.", "")
+        self._bound: tuple[Any, ...] = ()
+        self._set_up()
+        for attribute in ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__"):
+            try:
+                setattr(self, attribute, getattr(function, attribute))
+            except AttributeError:
+                pass
+        self.__wrapped__ = function
+
+    def _set_up(self) -> None:
+        self._body = bodies_here.Body(self.__flow_wrapped__)
+        self._pool: Pool | None = None
+        self._generation = -1
+
+    # here
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here, as if it were not decorated."""
+        return self.__flow_wrapped__(*self._bound, *map(_here, args), **kwargs)
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here: the same as calling it."""
+        return self(*args, **kwargs)
+
+    # elsewhere
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function on a worker and return its result.
+
+        A generator function returns an iterator over what it yields, as it is yielded; an `async def` function its
+        result. What the function raises is raised here, with its own type.
+
+        Raises WorkerLost if the worker died, OutOfMemory over `memory=`, FunctionTimeout over `timeout=`,
+        SerializationError for what can't be pickled, BackendUnavailable or ResourceUnavailable if no worker can be had.
+        """
+        if (asyncio := sys.modules.get("asyncio")) is not None and asyncio._get_running_loop() is not None:
+            warnings.warn(
+                f"{self.name}.remote() blocks the running event loop; write: await {self.name}.spawn(...)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        from flowfn.call import execute
+
+        pool = self._find_pool()
+        return execute(self._call(args, kwargs), pool).value()  # type: ignore[no-any-return]
+
+    def spawn(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Start the function on a worker and return a Future at once. Await it, or call its `result()`."""
+        from flowfn.future import Future
+
+        pool = self._find_pool()
+        call = self._call(args, kwargs)
+        future: Future[R] = Future(call)
+        run_future(pool, call, future)
+        return future
+
+    def map(
+        self,
+        *iterables: Iterable[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+    ) -> Map[R]:
+        """Run the function for each input, on all workers; an iterator over the results, as soon as they may.
+
+        Inputs are pulled lazily: at most `window` (default: as many as keep the workers busy) are under way or
+        waiting to be taken. Results come in input order, or with `order_outputs=False` as they are ready. The first
+        exception is raised where its result would be, and the rest is cancelled; with `return_exceptions` exceptions
+        are results. Several iterables give several arguments, as in the built-in `map`; `kwargs` go to every call and
+        travel once to each worker, which must not change them. Leaving the loop cancels the rest.
+        """
+        if not iterables:
+            raise TypeError("map() needs at least one iterable of inputs")
+        single = len(iterables) == 1 and not self._bound
+        if single:
+            source: Iterable[Any] = iterables[0]
+        elif self._bound:
+            bound = self._bound
+            source = ((*bound, *values) for values in zip(*iterables, strict=False))
+        else:
+            source = zip(*iterables, strict=False)
+        totals = [len(i) for i in iterables if hasattr(i, "__len__")]
+        total = min(totals) if totals else None
+        return self._map(source, not single, kwargs, window, order_outputs, return_exceptions, total)
+
+    def starmap(
+        self,
+        arguments: Iterable[Iterable[Any]],
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+    ) -> Map[R]:
+        """As `map`, with the arguments of each call in a tuple."""
+        total = len(arguments) if hasattr(arguments, "__len__") else None
+        bound = self._bound
+        source = ((*bound, *values) for values in arguments)
+        return self._map(source, True, kwargs, window, order_outputs, return_exceptions, total)
+
+    def for_each(
+        self,
+        *iterables: Iterable[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        window: int | None = None,
+        ignore_exceptions: bool = False,
+    ) -> None:
+        """As `map`, for what the calls do and not for what they return. Raises the first exception, or none at all."""
+        results = self.map(
+            *iterables, kwargs=kwargs, window=window, order_outputs=False, return_exceptions=ignore_exceptions
+        )
+        for _ in results:
+            pass
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """Make the call a durable task: it survives this process, and its result can be had any number of times."""
+        from flowfn.submit import submit_call
+
+        return submit_call(self.spec, self.__flow_wrapped__, (*self._bound, *args), kwargs, name=self.name)
+
+    def options(self, **options: Any) -> Function[P, R]:
+        """This function with some options set anew, as a handle of its own. The options are those of `flow.function`."""
+        other = type(self)(self.__flow_wrapped__, self.spec.replace(**options))
+        other._bound = self._bound
+        return other
+
+    # within
+
+    def _find_pool(self) -> Pool:
+        pool = self._pool
+        if pool is None or self._generation != pools.current or pool.closed:
+            pool = self._pool = pools.pool_for(self.spec)
+            self._generation = pools.current
+        return pool
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        from flowfn.call import Call
+
+        if self._bound:
+            args = (*self._bound, *args)
+        version = self._body.current()
+        try:
+            payload = pickling.dumps((args, kwargs))
+        except SerializationError as error:
+            error.args = (self._name_argument(error.message),)
+            raise
+        return Call(self.spec, self.name, version, payload)
+
+    def _name_argument(self, message: str) -> str:
+        """`value[0][1]` and `value[1]['x']` as the function's own parameters."""
+        import re
+
+        if found := re.match(r"value\[0\]\[(\d+)\](.*)", message, re.DOTALL):
+            index, rest = int(found[1]), found[2]
+            try:
+                names = list(inspect.signature(self.__flow_wrapped__).parameters)
+            except (TypeError, ValueError):
+                names = []
+            return f"argument {names[index] if index < len(names) else index}{rest}"
+        if found := re.match(r"value\[1\]\['(\w+)'\](.*)", message, re.DOTALL):
+            return f"argument {found[1]}{found[2]}"
+        return message
+
+    def _map(
+        self,
+        source: Iterable[Any],
+        star: bool,
+        kwargs: Mapping[str, Any] | None,
+        window: int | None,
+        ordered: bool,
+        return_exceptions: bool,
+        total: int | None,
+    ) -> Map[R]:
+        from flowfn.map import Map, Run
+        from flowfn.shared import put
+
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise ValidationError(f"window={window!r} is not accepted; accepted: a whole number, 1 or more, or None")
+        if inspect.isgeneratorfunction(self.__flow_wrapped__) or inspect.isasyncgenfunction(self.__flow_wrapped__):
+            raise TypeError(
+                f"{self.name} is a generator function, which has no single result; call .remote() per input"
+            )
+        run = Run(
+            self._find_pool(),
+            self.spec,
+            self.name,
+            self._body,
+            source,
+            star=star,
+            shared=put(dict(kwargs)) if kwargs else None,
+            window=window,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+            total=total,
+        )
+        return Map(run)
+
+    # as an object
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Function[P, R]: ...
+    @overload
+    def __get__(
+        self: Function[Concatenate[Any, Q], R], instance: object, owner: type | None = None
+    ) -> Function[Q, R]: ...
+    def __get__(self, instance: object | None, owner: type | None = None) -> Function[Any, R]:
+        if instance is None:
+            return self
+        method: Function[Any, R] = type(self).__new__(type(self))
+        method.__dict__.update(self.__dict__)
+        method._bound = (instance,)
+        return method
+
+    def __reduce__(self) -> Any:
+        if not self._bound and (name := bodies_here.importable(self)):
+            return bodies.handle_by_name, name
+        state = {"__flow_wrapped__": self.__flow_wrapped__, "spec": self.spec, "name": self.name, "_bound": self._bound}
+        return bodies.new_handle, ("flowfn.function", type(self).__name__), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__wrapped__ = self.__flow_wrapped__
+        self._set_up()
+
+    def __repr__(self) -> str:
+        return f"<flow.function {self.name}>"
+
+
+class AsyncFunction(Function[P, R]):
+    """A Function of an `async def` function: called here it gives a coroutine, elsewhere its result."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # type: ignore[override]
+        """Call the function here, as if it were not decorated: await what it returns."""
+        return super().__call__(*args, **kwargs)  # type: ignore[return-value]
+
+
+def _here(value: Any) -> Any:
+    """A reference of `flow.put` as the object it stands for; anything else as it is."""
+    return value.get() if type(value) is Shared else value
+
+
+def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:
+    """Run the call in a helper thread of its pool, for the future."""
+    from flowfn.call import Outcome, execute
+
+    def job() -> None:
+        if not future._start():
+            return
+        try:
+            outcome = execute(call, pool)
+        except BaseException as error:
+            outcome = Outcome(error=error)
+        future._finish(outcome)
+
+    pool.run_later(job)
+
+
+class Decorator:
+    """`flow.function(...)` with options: decorates a function."""
+
+    def __init__(self, spec: FunctionSpec) -> None:
+        self._spec = spec
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncFunction[P, T]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Function[P, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> Function[Any, Any]:
+        return _decorate(function, self._spec)
+
+
+def _decorate(function: Any, spec: FunctionSpec) -> Function[Any, Any]:
+    if isinstance(function, Function):
+        raise ValidationError(f"{function.name} is decorated with flow.function already", hint="use .options(...)")
+    if isinstance(function, (staticmethod, classmethod)):
+        kind = type(function).__name__
+        raise ValidationError(f"flow.function can't decorate a {kind}", hint=f"put @{kind} above @flow.function")
+    if isinstance(function, type) or not callable(function):
+        raise ValidationError(
+            f"flow.function decorates functions, and {function!r} is none",
+            hint="use it as @flow.function, or @flow.function(gpu=..., ...)",
+        )
+    if isinstance(function, types.FunctionType) and inspect.iscoroutinefunction(function):
+        return AsyncFunction(function, spec)
+    return Function(function, spec)
+
+
+@overload
+def function(function: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncFunction[P, T]: ...
+@overload
+def function(function: Callable[P, R], /) -> Function[P, R]: ...
+@overload
+def function(
+    *,
+    gpu: str | int | list[str] | tuple[str, ...] | None = ...,
+    cpu: float | None = ...,
+    memory: str | int | None = ...,
+    mounts: Any = ...,
+    env: Mapping[str, str] | None = ...,
+    secrets: Any = ...,
+    timeout: Any = ...,
+    retries: Any = ...,
+    image: Any = ...,
+    max_workers: int | None = ...,
+    idle_timeout: Any = ...,
+    backend: Any = ...,
+    name: str | None = ...,
+) -> Decorator: ...
+def function(function: Any = None, /, **options: Any) -> Any:
+    """Make a function one that can be run elsewhere: `@flow.function`, or `@flow.function(gpu="a100", ...)`.
+
+    Options, all of them optional:
+
+    - `gpu`: which GPUs a call needs: `"a100"`, `"a100:4"`, `"a100-80gb:2"`, `"gpu:2"`, `"any"`, or a list, the most
+      wanted first. They are the worker's alone.
+    - `cpu`: cores; sets the number of threads of numeric libraries, and the affinity.
+    - `memory`: `"32GiB"` or bytes, for the worker and all that it starts. Going over it is an OutOfMemory error.
+    - `mounts`: data at paths of the worker: `"s3://bucket/prefix"` (at /data), or `{"/train": "s3://...",
+      "/models": "volume://name"}`. Buckets are read-only, volumes are not.
+    - `env`: environment variables, text to text. `secrets`: names of variables of this process to pass along, or a
+      mapping; their values are never shown.
+    - `timeout`: seconds an attempt may run, or `"10m"`; then its process tree is ended: FunctionTimeout.
+    - `retries`: how often a failed call is tried again, or `flow.Retries(...)`.
+    - `image`: what the function runs in, on backends that have images.
+    - `max_workers`: how many calls run at a time; default: as many as there are GPU slots, or cores.
+    - `idle_timeout`: seconds after which an idle worker ends; default 300.
+    - `backend`: where to run: `"local"`, another backend's name or URL, or a Backend; default: `FLOW_BACKEND`, the
+      configuration, `"local"`.
+    - `name`: for logs and listings; default: the function's own.
+
+    Raises ValidationError, naming the option, its value and what is accepted.
+
+    >>> import flowfn as flow
+    >>> @flow.function(timeout=60)
+    ... def add(a: int, b: int) -> int:
+    ...     return a + b
+    >>> add(1, 2)
+    3
+    >>> add.remote(1, 2)
+    3
+    >>> list(add.map([1, 2], [10, 20]))
+    [11, 22]
+    """
+    decorate = Decorator(FunctionSpec.from_options(**options))
+    return decorate if function is None else decorate(function)

@@ -1,0 +1,165 @@
+"""The client's side of one worker: the handshake, and a conversation for one call at a time."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+from flowfn_runtime import exceptions, wire
+from flowfn_runtime.errors import BackendUnavailable, OutOfMemory, ProtocolError, WorkerLost
+
+if TYPE_CHECKING:
+    from flowfn.backends.base import Connection, Exit
+    from flowfn.body import Version
+    from flowfn.shared import Shared
+
+EXIT_WAIT_S = 2.0  # how long the news of a worker's end may take once its stream has ended
+
+
+class Worker:
+    """A running worker as the client sees it. Lent to one thread at a time; `kill` may come from any."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.stream = connection.stream
+        self.broken = False
+        self.idle_since = 0.0
+        self.host = ""
+        self.pid = 0
+        self._functions: dict[Any, int] = {}
+        self._objects: set[str] = set()
+        self._drops: list[str] = []
+        self._killed = False
+        self.leaving = False  # this process is ending it
+        self._lock = threading.Lock()
+
+    @property
+    def label(self) -> str:
+        """Where the worker is, for people."""
+        return self.connection.label
+
+    def greet(self) -> None:
+        """Check that the two sides understand each other, before anything is unpickled."""
+        try:
+            frame = self.stream.receive()
+            while frame.kind == wire.NEWS:
+                frame = self.stream.receive()
+            if frame.kind == wire.ERROR:
+                raise exceptions.loads(frame.body, frame.buffers)
+            if frame.kind != wire.HELLO:
+                raise ProtocolError("the worker did not say hello")
+            there = json.loads(frame.meta)
+            here = wire.versions()
+            self.host, self.pid = there["host"], there["pid"]
+            hello = {**self.connection.hello()}
+            shm = bool(hello.get("shm") and there.get("shm"))
+            self.stream.send(wire.HELLO, meta=json.dumps({**here, **hello, "shm": shm}).encode())
+            wire.check_versions(here, there, where=f"the worker ({self.label})")
+        except EOFError:
+            how = self.connection.exit(EXIT_WAIT_S)
+            raise BackendUnavailable(f"a worker ({self.label}) ended while it started: {describe(how)}") from None
+        side = getattr(self.connection, "side", None)
+        if shm and side is not None:
+            from flowfn_runtime import shm as memory
+
+            self.stream.arena = memory.Arena(side)
+            self.stream.mapped = memory.Mapped(side)
+
+    def function(self, version: Version, shared: Shared | None = None) -> int:
+        """The number under which the worker knows this function body; the body is sent at the first use."""
+        key = (version.digest, shared.key if shared else "")
+        number = self._functions.get(key)
+        if number is None:
+            for needed in (*version.objects, *([shared] if shared else [])):
+                self.give(needed)
+            number = self._functions[key] = len(self._functions) + 1
+            meta = json.dumps({"kwargs": shared.key}).encode() if shared else b""
+            payload = version.payload
+            self.stream.send(wire.FUNCTION, arg=number, meta=meta, body=payload.data, buffers=payload.buffers)
+        return number
+
+    def give(self, shared: Shared) -> None:
+        """See that the worker has a shared object. It travels once."""
+        if shared.key not in self._objects:
+            self._objects.add(shared.key)
+            shared.send(self.stream)
+            shared.on_drop(self)
+
+    def drop(self, key: str) -> None:
+        """A shared object is gone here: the worker is told with the next call. From any thread."""
+        self._drops.append(key)
+
+    def tidy(self) -> None:
+        """Tell the worker what it need not keep any more."""
+        while self._drops:
+            key = self._drops.pop()
+            self._objects.discard(key)
+            self.stream.send(wire.DROP, meta=key.encode())
+
+    def kill(self) -> None:
+        """End the worker's process tree. Whoever talks to it sees its stream end."""
+        self.broken = True
+        with self._lock:
+            if self._killed:
+                return
+            self._killed = True
+        self.connection.kill()
+
+    def lost(self, error: BaseException) -> tuple[WorkerLost, bool]:
+        """After the stream ended or carried nonsense: what to raise, and whether the function did it by itself."""
+        self.broken = True
+        if isinstance(error, ProtocolError):
+            self.kill()
+            lost = WorkerLost(
+                f"the stream of a worker ({self.label}) is corrupt: {error.message}",
+                hint="does the function write to file descriptors that are not its own?",
+            )
+            lost.__cause__ = error
+            return lost, False
+        how = self.connection.exit(EXIT_WAIT_S)
+        if how.limit_bytes is not None:
+            peak = how.peak_bytes or how.limit_bytes
+            memory = OutOfMemory(
+                f"the call used {mib(peak)} MiB of memory and its limit is {mib(how.limit_bytes)} MiB ({self.label})",
+                hint="ask for more with memory=, or use less",
+            )
+            memory.limit_bytes, memory.peak_bytes, memory.exitcode = how.limit_bytes, peak, how.exitcode
+            return memory, True
+        lost = WorkerLost(f"the worker ({self.label}) died during the call: {describe(how)}")
+        lost.exitcode = how.exitcode
+        return lost, how.by_itself
+
+    def close(self) -> None:
+        """Let go of it: it ends by itself."""
+        self.connection.close()
+
+    def shut_down(self) -> None:
+        """End it from a thread that does not own it: the owner, if any, sees the stream end."""
+        import os
+        import socket
+
+        self.leaving = True
+        self.kill()
+        try:
+            with socket.socket(fileno=os.dup(self.stream.read_fd)) as stream:
+                stream.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # no socket, or closed already
+
+    def forget(self) -> None:
+        """In a forked child: close what belongs to the parent."""
+        self.connection.stream.close()
+
+
+def mib(size: int) -> str:
+    """Bytes as MiB, for messages."""
+    return f"{size / 2**20:,.0f}"
+
+
+def describe(how: Exit) -> str:
+    """How a process ended, in words."""
+    from flowfn_runtime import limits
+
+    words = "its connection was lost" if how.exitcode is None else limits.describe_exit(how.exitcode)
+    return f"{words}; {how.detail}" if how.detail else words

@@ -1,0 +1,290 @@
+"""The process beside the GPU that starts workers, watches them, and leaves nothing behind.
+
+It is started afresh (never forked from the client), imports the runtime and nothing of the user's, runs no thread, and
+forks workers on request. That is why forking is safe here whatever the client does: no lock can be held by a thread
+that the child lacks, no CUDA context exists, and a second worker costs milliseconds.
+
+Two ways to be started:
+
+- `serve_control`: over a control socket of packets, for a client on the same machine. Each request to fork carries the
+  descriptors of the new worker's stream; the host says how each worker ended.
+- `serve_stdio`: one worker on standard input and output, for whatever can start a program elsewhere. How the worker
+  ended is written to standard error as the last line.
+
+If the client dies the host sees it (end of the control socket or stream, and a process descriptor of the client where
+the kernel has them), kills all workers with everything they started, and ends. If the host dies the kernel kills its
+workers. Whatever a worker started becomes the host's child when the worker dies, and is killed then.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from . import limits, wire, worker
+
+CONTROL_FD = 3
+CLIENT_FD = 4  # a process descriptor of the client, if it could make one
+EXIT_MARK = "flowfn-exit: "
+SAMPLE_S = 0.02  # how often the memory of limited workers is looked at
+GRACE_S = 0.5  # how long idle workers may take to end by themselves
+
+
+class Child:
+    """A worker as the host knows it."""
+
+    def __init__(self, number: int, pid: int, memory_limit: int | None) -> None:
+        self.number = number
+        self.pid = pid
+        self.memory_limit = memory_limit
+        self.peak = 0
+        self.out_of_memory = False
+
+
+class Host:
+    """Forks workers and watches them. `report` is told how each ended."""
+
+    def __init__(self) -> None:
+        self.children: dict[int, Child] = {}
+        self.poll = select.poll()
+        self._wake_read, self._wake_write = os.pipe()
+        for fd in (self._wake_read, self._wake_write):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.poll.register(self._wake_read, select.POLLIN)
+        limits.set_subreaper()
+        self.ends: list[dict[str, Any]] = []
+
+    def fork(self, request: dict[str, Any], stream: wire.Stream, side: socket.socket | None, private: list[int]) -> int:
+        """Start a worker on this stream; its number. `private` are descriptors of the host's that it must not have."""
+        host = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                for fd in (self._wake_read, self._wake_write, *private):
+                    os.close(fd)
+                code = run_worker(request, stream, side, host)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(code)
+        child = Child(request.get("id", 0), pid, request.get("memory"))
+        self.children[pid] = child
+        return pid
+
+    def wait(self, deadline: float | None = None) -> list[int]:
+        """Descriptors that have something to say, after looking after the workers. Empty when time is up."""
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if any(child.memory_limit for child in self.children.values()):
+            timeout = SAMPLE_S if timeout is None else min(timeout, SAMPLE_S)
+        ready = [fd for fd, _ in self.poll.poll(None if timeout is None else timeout * 1000)]
+        if self._wake_read in ready:
+            ready.remove(self._wake_read)
+            try:
+                os.read(self._wake_read, 4096)
+            except BlockingIOError:
+                pass
+        self._reap()
+        self._check_memory()
+        return ready
+
+    def _check_memory(self) -> None:
+        for child in self.children.values():
+            if child.memory_limit:
+                used = limits.tree_memory(child.pid)
+                child.peak = max(child.peak, used)
+                if used > child.memory_limit:
+                    child.out_of_memory = True
+                    limits.kill_tree(child.pid)
+
+    def _reap(self) -> None:
+        orphaned = False
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            child = self.children.pop(pid, None)
+            if child is not None:
+                orphaned = True
+                end = {"id": child.number, "pid": pid, "exitcode": os.waitstatus_to_exitcode(status)}
+                if child.out_of_memory:
+                    end["out_of_memory"] = {"limit": child.memory_limit, "peak": child.peak}
+                self.ends.append(end)
+        if orphaned:
+            limits.kill_orphans(keep=self.children)
+
+    def kill(self, number: int) -> None:
+        """End a worker and everything it started."""
+        for child in self.children.values():
+            if child.number == number:
+                limits.kill_tree(child.pid)
+
+    def end(self) -> None:
+        """Give the workers a moment to end by themselves, then kill what is left."""
+        deadline = time.monotonic() + GRACE_S
+        while self.children and time.monotonic() < deadline:
+            self.wait(deadline)
+        for child in list(self.children.values()):
+            limits.kill_tree(child.pid)
+        deadline = time.monotonic() + GRACE_S
+        while self.children and time.monotonic() < deadline:
+            self.wait(deadline)
+        limits.kill_orphans(keep=())
+
+
+def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket | None, host: int) -> int:
+    """Be a worker, in a process of its own, until the client is gone. Returns the exit status."""
+    import atexit
+
+    from . import logs
+
+    os.setsid()
+    limits.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != host:  # it died before the kernel was told
+        return 70
+    limits.set_subreaper()
+    read_fd = logs.out_of_the_way(stream.read_fd)
+    stream.write_fd = read_fd if stream.write_fd == stream.read_fd else logs.out_of_the_way(stream.write_fd)
+    stream.read_fd = read_fd
+    if side is not None:
+        side = socket.socket(fileno=logs.out_of_the_way(side.detach()))
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    claim = None
+    try:
+        if cpus := request.get("cpus"):
+            limits.set_cpu(cpus)
+        if gpus := request.get("gpus"):
+            from . import gpus as inventory
+
+            claim = inventory.claim([tuple(entry) for entry in gpus], wait=True)
+            assert claim is not None
+            os.environ.update(claim.env)
+    except Exception as error:
+        meta, payload = worker.failure(error)
+        stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
+        return 0
+    worker.Worker(stream, side).serve()
+    atexit._run_exitfuncs()
+    del claim
+    return 0
+
+
+def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> None:
+    """Serve a client of this machine until it is gone."""
+    control = socket.socket(fileno=control_fd)
+    os.set_inheritable(control_fd, False)
+    private = [control_fd]
+    host = Host()
+    host.poll.register(control_fd, select.POLLIN)
+    try:
+        os.set_inheritable(client_fd, False)
+        host.poll.register(client_fd, select.POLLIN)
+        private.append(client_fd)
+    except OSError:
+        pass  # this kernel has no process descriptors: the end of the control socket has to do
+    while True:
+        ready = host.wait()
+        for end in host.ends:
+            _tell(control, end)
+        host.ends.clear()
+        if client_fd in ready:
+            break
+        if control_fd in ready:
+            data, fds = receive_packet(control)
+            if not data:
+                break
+            request = json.loads(data)
+            if request["op"] == "fork":
+                stream = wire.Stream(fds[0], fds[0])
+                side = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
+                pid = host.fork(request, stream, side, private)
+                stream.close()
+                if side is not None:
+                    side.close()
+                _tell(control, {"id": request["id"], "pid": pid, "started": True})
+            elif request["op"] == "kill":
+                host.kill(request["id"])
+    host.end()
+
+
+def _tell(control: socket.socket, message: dict[str, Any]) -> None:
+    try:
+        control.send(json.dumps(message).encode())
+    except OSError:
+        pass  # the client is gone; the loop will see it
+
+
+def receive_packet(control: socket.socket, size: int = 1 << 20) -> tuple[bytes, list[int]]:
+    """One packet and the descriptors that came with it; no bytes at the end."""
+    fds = array.array("i")
+    try:
+        data, ancillary, _, _ = control.recvmsg(size, socket.CMSG_SPACE(8 * fds.itemsize))
+    except OSError:
+        return b"", []
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
+
+
+def serve_stdio(request: dict[str, Any]) -> int:
+    """Run one worker on standard input and output; the exit status is the worker's (128 + n for signal n)."""
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(2, 1)
+    host = Host()
+    host.fork(request, wire.Stream(read_fd, write_fd), None, [])
+    os.close(write_fd)
+    host.poll.register(read_fd, 0)  # a hang-up is always reported
+    while not host.ends:
+        if read_fd in host.wait() and not host.ends:
+            host.end()
+            break
+    end = host.ends[0] if host.ends else {"exitcode": 0}
+    print(EXIT_MARK + json.dumps(end), file=sys.stderr, flush=True)
+    code: int = end["exitcode"]
+    return code if code >= 0 else 128 - code
+
+
+def warm_up() -> None:
+    """Import what every worker needs, before the first is forked."""
+    import ctypes
+    import gc
+
+    import cloudpickle
+
+    assert ctypes and cloudpickle
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> None:
+    """Entry of the program: with an argument, it is the JSON of a request to run one worker on standard input."""
+    if hasattr(os, "setsid") and os.getpid() != os.getsid(0):
+        os.setsid()
+    warm_up()
+    if len(sys.argv) > 1:
+        sys.exit(serve_stdio(json.loads(sys.argv[1])))
+    serve_control()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What a call prints: file descriptors 1 and 2 of the worker, taken as they are written and sent as LOG frames.
+
+Descriptors and not `sys.stdout`, so that C code and child processes are heard as well. A thread sends what comes in
+while a call runs; the end of a call takes what is left first, so that a result never overtakes its own output.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import sys
+import threading
+
+from . import wire
+
+CHUNK_BYTES = 1 << 16
+
+
+def out_of_the_way(fd: int) -> int:
+    """Move a descriptor of ours to a high number, where loops over the low ones don't hit it. Closed on exec."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    high = max(32, min(soft, 4096) - 64)
+    try:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, high)
+    except OSError:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
+
+
+class Capture:
+    """Owns descriptors 1 and 2 of this process. `call` is the call that output belongs to now."""
+
+    def __init__(self, stream: wire.Stream) -> None:
+        self.call = 0
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._sources: dict[int, int] = {}  # descriptor to read: flag of its frames
+        for fd, flag in ((1, 0), (2, wire.STDERR)):
+            read_end, write_end = os.pipe()
+            os.dup2(write_end, fd, inheritable=True)
+            os.close(write_end)
+            read_end = out_of_the_way(read_end)
+            os.set_blocking(read_end, False)
+            self._sources[read_end] = flag
+        # New objects on the new descriptors: what the old ones had buffered is not ours to print.
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
+        self._ours = sys.stdout, sys.stderr
+        self._poll = select.poll()
+        for fd in self._sources:
+            self._poll.register(fd, select.POLLIN)
+        self._thread = threading.Thread(target=self._pump, name="flowfn-logs", daemon=True)
+        self._thread.start()
+
+    def _pump(self) -> None:
+        poll = select.poll()
+        for fd in self._sources:
+            poll.register(fd, select.POLLIN)
+        while self._sources:
+            for fd, _ in poll.poll():
+                with self._lock:
+                    if not self._take(fd):
+                        poll.unregister(fd)
+
+    def _take(self, fd: int) -> bool:
+        """Send what there is now. False when nobody holds the other end any more. The caller has the lock."""
+        flag = self._sources.get(fd)
+        if flag is None:
+            return False
+        while True:
+            try:
+                data = os.read(fd, CHUNK_BYTES)
+            except BlockingIOError:
+                return True
+            except OSError:
+                data = b""
+            if not data:
+                self._sources.pop(fd, None)
+                return False
+            try:
+                self._stream.send(wire.LOG, call=self.call, flags=flag, body=data)
+            except EOFError:
+                return False
+            if len(data) < CHUNK_BYTES:
+                return True
+
+    def flush(self) -> None:
+        """Send all that was written until now."""
+        for file in self._ours if sys.stdout is self._ours[0] else (sys.stdout, sys.stderr, *self._ours):
+            try:
+                file.flush()
+            except Exception:
+                pass  # the user closed or replaced it
+        if self._poll.poll(0):
+            with self._lock:
+                for fd in list(self._sources):
+                    self._take(fd)
+                for fd, event in self._poll.poll(0):
+                    if event & (select.POLLHUP | select.POLLNVAL) and fd not in self._sources:
+                        self._poll.unregister(fd)

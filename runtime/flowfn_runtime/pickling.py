@@ -1,0 +1,270 @@
+"""Values to bytes and back: pickle protocol 5 with out-of-band buffers, and cloudpickle where names don't suffice.
+
+Three ways, chosen by looking at the value, with the same result:
+
+- plain values (numbers, strings, None and small containers of them) go through pickle at its fastest;
+- everything else through cloudpickle, so that functions and classes of `__main__`, closures and lambdas go by value;
+- big `bytes` and CPU torch tensors, which pickle would copy into its stream, go out of band as numpy arrays do.
+
+Data references (`flow.File` and so on) in a value are noted while it is pickled and unpickled, so that both sides know
+them without looking for them; objects of `flow.put` likewise.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import SerializationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None)})
+_PLAIN_CONTAINERS = frozenset({tuple, list, dict})
+_SMALL = 32  # containers longer than this are not looked into
+OUT_OF_BAND_BYTES = 1 << 16  # bytes objects from this size on go out of band
+
+
+class Payload(NamedTuple):
+    """A pickled value: the pickle, its out-of-band buffers (flat memoryviews), and the references found in it."""
+
+    data: Any
+    buffers: list[Any]
+    references: list[Any]
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.data) + sum(len(b) for b in self.buffers)
+
+
+class _Noted(threading.local):
+    sink: list[Any] | None = None
+    objects: dict[str, Any] | None = None
+
+
+_noted = _Noted()
+
+
+def note_reference(reference: Any) -> None:
+    """A data reference says that it is being pickled or unpickled. Outside of flowfn's pickling this does nothing."""
+    if _noted.sink is not None:
+        _noted.sink.append(reference)
+
+
+def shared_object(key: str) -> Any:
+    """What a reference of `flow.put` is unpickled as: the object itself, which this process got before."""
+    objects = _noted.objects
+    if objects is None or key not in objects:
+        raise SerializationError(
+            "a reference made by flow.put() was unpickled outside of a flowfn call",
+            hint="pass the reference as an argument of a call; to use the object here, call ref.get()",
+        )
+    return objects[key]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether pickle alone gives what cloudpickle would: plain values, and small containers of plain values."""
+    kind = type(value)
+    if kind in PLAIN:
+        return True
+    if kind not in _PLAIN_CONTAINERS or len(value) > _SMALL:
+        return False
+    if kind is dict:
+        return PLAIN.issuperset(map(type, value)) and all(map(is_plain, value.values()))
+    return all(map(is_plain, value))
+
+
+def _is_big_bytes(value: Any) -> bool:
+    return type(value) is bytes and len(value) >= OUT_OF_BAND_BYTES
+
+
+def dumps(value: Any) -> Payload:
+    """Pickle any value. Raises SerializationError, naming the attribute path of what can't be pickled."""
+    if is_plain(value):
+        if _has_big_bytes(value):
+            return _dumps_general(value)
+        return Payload(pickle.dumps(value, 5), [], [])
+    return _dumps_general(value)
+
+
+def _has_big_bytes(value: Any) -> bool:
+    kind = type(value)
+    if kind is bytes:
+        return len(value) >= OUT_OF_BAND_BYTES
+    if kind is dict:
+        return any(map(_has_big_bytes, value.values()))
+    return kind in _PLAIN_CONTAINERS and any(map(_has_big_bytes, value))
+
+
+def _dumps_general(value: Any) -> Payload:
+    buffers: list[Any] = []
+    references: list[Any] = []
+    before, _noted.sink = _noted.sink, references
+    try:
+        stream = io.BytesIO()
+        _pickler_class()(stream, 5, buffer_callback=_collect(buffers)).dump(_with_big_bytes(value))
+        return Payload(stream.getbuffer(), buffers, references)
+    except Exception as error:
+        raise explain(value, error) from error
+    finally:
+        _noted.sink = before
+
+
+def _collect(buffers: list[Any]) -> Callable[[pickle.PickleBuffer], bool]:
+    def callback(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous: it goes in the pickle
+            return True
+        if len(raw) < 512:
+            return True
+        buffers.append(raw)
+        return False
+
+    return callback
+
+
+def loads(data: Any, buffers: Sequence[Any] = (), *, objects: dict[str, Any] | None = None) -> tuple[Any, list[Any]]:
+    """The value, and the references in it. Whatever unpickling raises is raised as it is."""
+    references: list[Any] = []
+    before = _noted.sink, _noted.objects
+    _noted.sink = references
+    if objects is not None:
+        _noted.objects = objects
+    try:
+        return pickle.loads(data, buffers=buffers), references
+    finally:
+        _noted.sink, _noted.objects = before
+
+
+# What pickle would copy
+
+
+class _Bytes:
+    """Stands for a big bytes object, so that it goes out of band."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return bytes, (pickle.PickleBuffer(self.value),)
+
+
+def _with_big_bytes(value: Any) -> Any:
+    """The value with `_Bytes` for big bytes objects in its (small) outer containers."""
+    kind = type(value)
+    if kind is bytes:
+        return _Bytes(value) if len(value) >= OUT_OF_BAND_BYTES else value
+    if kind in _PLAIN_CONTAINERS and len(value) <= _SMALL:
+        items = value.values() if kind is dict else value
+        if any(map(_is_big_bytes, items)) or any(type(item) in _PLAIN_CONTAINERS for item in items):
+            if kind is dict:
+                return {key: _with_big_bytes(item) for key, item in value.items()}
+            return kind(map(_with_big_bytes, value))
+    return value
+
+
+_pickler: type[pickle.Pickler] | None = None
+
+
+def _pickler_class() -> type[pickle.Pickler]:
+    global _pickler
+    if _pickler is None:
+        import cloudpickle
+
+        class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+            def reducer_override(self, obj: Any) -> Any:
+                kind = type(obj)
+                if kind.__module__ in ("torch", "torch.nn.parameter") and (reduced := _reduce_tensor(obj)):
+                    return reduced
+                return super().reducer_override(obj)
+
+        _pickler = Pickler
+    return _pickler
+
+
+def _reduce_tensor(obj: Any) -> Any:
+    """A plain CPU tensor as its bytes; None leaves anything else to torch."""
+    import torch
+
+    if type(obj) is not torch.Tensor or obj.device.type != "cpu" or obj.layout is not torch.strided:
+        return None
+    if obj.is_quantized or obj.grad_fn is not None or obj.is_conj() or obj.is_neg() or obj.__dict__ or not obj.numel():
+        return None
+    array = obj.detach().contiguous().view(torch.uint8 if obj.dim() else obj.dtype).reshape(-1)
+    if array.dtype is not torch.uint8:
+        array = array.view(torch.uint8)
+    name = str(obj.dtype).removeprefix("torch.")
+    return rebuild_tensor, (pickle.PickleBuffer(array.numpy()), name, tuple(obj.shape), obj.requires_grad)
+
+
+def rebuild_tensor(buffer: Any, dtype: str, shape: tuple[int, ...], requires_grad: bool) -> Any:
+    """A torch tensor on the bytes of `buffer`, which it shares."""
+    import torch
+
+    view = memoryview(buffer)
+    if view.readonly:
+        view = memoryview(bytearray(view))
+    tensor = torch.frombuffer(view, dtype=getattr(torch, dtype)).reshape(shape)
+    return tensor.requires_grad_(requires_grad) if requires_grad else tensor
+
+
+# What can't be pickled
+
+
+def explain(value: Any, error: BaseException, *, what: str = "value") -> SerializationError:
+    """A SerializationError that names the path to the innermost part of `value` that can't be pickled."""
+    if isinstance(error, SerializationError):
+        return error
+    path, culprit = _culprit(value, what)
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
+    reason = str(error) or type(error).__name__
+    if isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    return SerializationError(
+        f"{path} (a {kind}) can't be pickled: {reason}",
+        hint="pass something that can be pickled, or make this object inside the function",
+    )
+
+
+def _culprit(value: Any, path: str, depth: int = 8) -> tuple[str, Any]:
+    if depth:
+        for step, part in _parts(value):
+            if not _can_pickle(part):
+                return _culprit(part, path + step, depth - 1)
+    return path, value
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", part) for key, part in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [(f"[{i}]", part) for i, part in enumerate(value)]
+    parts = [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
+    for name in getattr(type(value), "__slots__", ()):
+        if isinstance(name, str) and hasattr(value, name):
+            parts.append((f".{name}", getattr(value, name)))
+    closure = getattr(value, "__closure__", None)
+    if closure and (code := getattr(value, "__code__", None)):
+        for name, cell in zip(code.co_freevars, closure, strict=False):
+            try:
+                parts.append((f" closure variable {name!r}", cell.cell_contents))
+            except ValueError:
+                pass
+    if code := getattr(value, "__code__", None):
+        namespace = getattr(value, "__globals__", {})
+        parts += [(f" global {name!r}", namespace[name]) for name in code.co_names if name in namespace]
+    return parts
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        _pickler_class()(io.BytesIO(), 5, buffer_callback=lambda _: False).dump(value)
+    except Exception:
+        return False
+    return True

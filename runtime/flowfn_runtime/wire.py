@@ -1,0 +1,299 @@
+"""What travels between a client and a worker: frames over one duplex byte stream. The one definition of it.
+
+A frame is a fixed header, an optional table of buffers, and three parts:
+
+```
+header (36 bytes) │ table (16 bytes a buffer) │ meta │ body │ buffers that travel in the stream
+```
+
+- `meta` is JSON or packed integers, and can be read without trusting anybody; `body` is a pickle.
+- A buffer's table entry is its length and where it is: 0 means it follows in the stream, n > 0 that it lies at
+  offset n - 1 of the shared-memory segment that the header names (see `shm`). Shared memory is an acceleration that
+  both ends agree on when they connect; without it everything follows in the stream.
+- The header carries a checksum of itself, so that stray bytes on the descriptor are noticed, not obeyed.
+
+A conversation: both ends send HELLO (versions, see `hello`), and check the other's before they unpickle anything. The
+client then sends FUNCTION once a function body and CALL or BATCH for what is to be run; the worker answers with LOG,
+BEGIN, YIELD, PART as they come, and with RESULT or ERROR at the end. A worker handles one CALL or BATCH after another.
+After a frame with the flag AHEAD the client may send further frames before the answer; the worker then reads ahead, in
+a thread, until a frame without the flag. This keeps the common case, one call and one answer, free of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import threading
+import zlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import ProtocolError, VersionMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .shm import Arena, Mapped, Segment
+
+PROTOCOL = 1
+MAGIC = b"fN"
+HEAD = struct.Struct("<2sBBIIIHHIQI")  # magic kind flags call arg segment buffers - meta body crc
+ENTRY = struct.Struct("<QQ")
+READ_BYTES = 1 << 16
+IOV_MAX = 512
+INLINE_BYTES = 1 << 16  # parts smaller than this are joined into one write
+
+# kinds, client to worker
+HELLO, FUNCTION, CALL, BATCH, CREDIT, CLOSE, RECALL, END, OBJECT, DROP, STAGE = range(1, 12)
+# kinds, worker to client (HELLO both ways)
+LOG, BEGIN, YIELD, PART, RESULT, ERROR, STREAM, NEWS = range(32, 40)
+# either way
+RELEASE = 64
+
+# flags
+AHEAD = 1  # the client may send more before the answer
+BODY_SHARED = 2  # the body is the first buffer of the table
+PLAIN = 4  # of a BATCH or PART: the body is one pickle of a list of plain values
+LAST = 8  # of a PART: the batch is over
+WANT_BEGIN = 16  # of a CALL: say BEGIN when the function starts
+STDERR = 32  # of a LOG
+STOP = 64  # of a BATCH: leave the rest when an item fails
+
+
+class Frame(NamedTuple):
+    kind: int
+    flags: int
+    call: int  # which call it is about, 0 for none
+    arg: int  # depends on the kind: number of a function, index of an item, microseconds
+    meta: bytes
+    body: Any  # bytes-like
+    buffers: list[Any]  # bytes-like, for pickle.loads(buffers=)
+
+
+class Stream:
+    """Frames over a pair of file descriptors (the same one twice for a socket).
+
+    Any thread may send; one at a time may receive. `arena` and `mapped` are the two directions of shared memory, set
+    once both ends have agreed on it. Ends with EOFError when the other side is gone.
+    """
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.read_fd = read_fd
+        self.write_fd = write_fd
+        self.arena: Arena | None = None
+        self.mapped: Mapped | None = None
+        self._rest: Any = b""
+        self._lock = threading.Lock()
+
+    # sending
+
+    def send(
+        self,
+        kind: int,
+        *,
+        call: int = 0,
+        arg: int = 0,
+        flags: int = 0,
+        meta: bytes = b"",
+        body: Any = b"",
+        buffers: Sequence[Any] = (),
+    ) -> None:
+        """Send one frame, whole. Raises EOFError when the other side is gone."""
+        arena = self.arena
+        if self.mapped is not None and self.mapped.released:
+            self._send_released()
+        if arena is not None and (buffers or len(body) >= arena.threshold):
+            from .shm import padded_bytes
+
+            if len(body) >= arena.threshold:
+                buffers, body, flags = [body, *buffers], b"", flags | BODY_SHARED
+            total = padded_bytes(buffers)
+            segment = arena.allocate(total) if total >= arena.threshold else None
+            if segment is not None:
+                self._write(kind, flags, call, arg, segment.number, meta, body, segment.fill(buffers), ())
+                return
+        entries = [(len(b), 0) for b in buffers]
+        self._write(kind, flags, call, arg, 0, meta, body, entries, buffers)
+
+    def _write(
+        self,
+        kind: int,
+        flags: int,
+        call: int,
+        arg: int,
+        segment: int,
+        meta: bytes,
+        body: Any,
+        entries: Sequence[tuple[int, int]],
+        inline: Sequence[Any],
+    ) -> None:
+        if len(entries) > 0xFFFF:
+            raise ProtocolError(f"{len(entries)} buffers in one frame, and {0xFFFF} are the most")
+        head = HEAD.pack(MAGIC, kind, flags, call, arg, segment, len(entries), 0, len(meta), len(body), 0)[:-4]
+        head += zlib.crc32(head).to_bytes(4, "little")
+        if entries:
+            head += b"".join([ENTRY.pack(*entry) for entry in entries])
+        if meta:
+            head += meta
+        parts: list[Any]
+        if len(body) < INLINE_BYTES and not inline:
+            parts = [head + body if body else head]
+        else:
+            parts = [head, body, *inline] if len(body) else [head, *inline]
+        with self._lock:
+            try:
+                if len(parts) == 1:
+                    data = parts[0]
+                    sent = os.write(self.write_fd, data)
+                    while sent < len(data):
+                        sent += os.write(self.write_fd, memoryview(data)[sent:])
+                else:
+                    self._writev([memoryview(p).cast("B") for p in parts if len(p)])
+            except OSError as error:
+                raise EOFError(f"the other side is gone ({error.strerror})") from None
+
+    def _writev(self, views: list[memoryview]) -> None:
+        start = 0
+        while start < len(views):
+            sent = os.writev(self.write_fd, views[start : start + IOV_MAX])
+            while start < len(views) and sent >= len(views[start]):
+                sent -= len(views[start])
+                start += 1
+            if sent:
+                views[start] = views[start][sent:]
+
+    def send_shared(self, kind: int, meta: bytes, segment: Segment, entries: Sequence[tuple[int, int]]) -> None:
+        """Send a frame whose body and buffers lie in a segment that other workers get as well."""
+        assert self.arena is not None
+        segment.send_to(self.arena.side)
+        self._write(kind, BODY_SHARED, 0, 0, segment.number, meta, b"", entries, ())
+
+    def _send_released(self) -> None:
+        """Tell the other side which of its segments are free again."""
+        assert self.mapped is not None
+        numbers = self.mapped.take_released()
+        if numbers:
+            self._write(RELEASE, 0, 0, 0, 0, struct.pack(f"<{len(numbers)}I", *numbers), b"", (), ())
+
+    # receiving
+
+    @property
+    def pending(self) -> int:
+        """How many bytes were read and not yet returned: a frame may be waiting though the descriptor is silent."""
+        return len(self._rest)
+
+    def receive(self) -> Frame:
+        """The next frame. RELEASE frames are dealt with here and not returned."""
+        while True:
+            frame = self._receive()
+            if frame.kind != RELEASE:
+                return frame
+            if self.arena is not None:
+                self.arena.free(struct.unpack(f"<{len(frame.meta) // 4}I", frame.meta))
+
+    def _receive(self) -> Frame:
+        data = self._rest
+        while len(data) < HEAD.size:
+            more = self._read()
+            data = data + more if data else more
+        magic, kind, flags, call, arg, segment, count, _, meta_size, body_size, crc = HEAD.unpack_from(data)
+        if magic != MAGIC or zlib.crc32(data[: HEAD.size - 4]) != crc:
+            raise ProtocolError(f"the stream carried something that is no frame: {bytes(data[:48])!r}")
+        end = HEAD.size + meta_size + body_size
+        if not count and len(data) >= end:  # the common case: a small frame, read whole
+            self._rest = data[end:] if len(data) > end else b""
+            middle = HEAD.size + meta_size
+            return Frame(kind, flags, call, arg, data[HEAD.size : middle], data[middle:end], [])
+        self._rest = data[HEAD.size :]
+        table = self._take(count * ENTRY.size)
+        meta = bytes(self._take(meta_size))
+        body: Any = self._take(body_size)
+        buffers: list[Any] = []
+        view = None
+        if segment:
+            if self.mapped is None:
+                raise ProtocolError("a frame names shared memory, and none was agreed on")
+            view = self.mapped.view(segment)
+        for length, where in ENTRY.iter_unpack(table):
+            if not where:
+                buffers.append(self._take(length))
+            elif view is None or where - 1 + length > len(view):
+                raise ProtocolError("a frame names shared memory that is not there")
+            else:
+                buffers.append(view[where - 1 : where - 1 + length])
+        if flags & BODY_SHARED:
+            body = buffers.pop(0)
+        return Frame(kind, flags, call, arg, meta, body, buffers)
+
+    def _take(self, size: int) -> Any:
+        """Exactly `size` bytes: what was read already, and the rest straight into its final place."""
+        rest = self._rest
+        if len(rest) >= size:
+            self._rest = rest[size:]
+            return rest[:size]
+        out = bytearray(size)
+        out[: len(rest)] = rest
+        self._rest = b""
+        done = len(rest)
+        with memoryview(out) as view:
+            while done < size:
+                try:
+                    got = os.readv(self.read_fd, [view[done:]])
+                except OSError as error:
+                    raise EOFError(f"the other side is gone ({error.strerror})") from None
+                if not got:
+                    raise EOFError("the other side is gone in the middle of a frame")
+                done += got
+        return out
+
+    def _read(self) -> bytes:
+        try:
+            data = os.read(self.read_fd, READ_BYTES)
+        except OSError as error:
+            raise EOFError(f"the other side is gone ({error.strerror})") from None
+        if not data:
+            raise EOFError("the other side is gone")
+        return data
+
+    def close(self) -> None:
+        """Close the descriptors. Safe to repeat."""
+        for fd in {self.read_fd, self.write_fd} - {-1}:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+        self.read_fd = self.write_fd = -1
+
+
+def versions() -> dict[str, Any]:
+    """What this side says of itself in HELLO."""
+    return {
+        "protocol": PROTOCOL,
+        "python": list(sys.version_info[:2]),
+        "implementation": sys.implementation.name,
+        "platform": sys.platform,
+        "byteorder": sys.byteorder,
+    }
+
+
+def check_versions(here: dict[str, Any], there: dict[str, Any], *, where: str) -> None:
+    """Raise VersionMismatch, naming both sides and the remedy, if the two can't work together.
+
+    Pickles of functions hold bytecode, which is the same only within one minor version of one implementation.
+    """
+    if there.get("protocol") != here["protocol"]:
+        raise VersionMismatch(
+            f"{where} speaks protocol {there.get('protocol')}, this client speaks {here['protocol']}",
+            hint="install the same version of flowfn on both sides",
+        )
+    for key in ("implementation", "python", "byteorder"):
+        if there.get(key) != here[key]:
+            mine, its = (
+                ".".join(map(str, value)) if isinstance(value, list) else str(value)
+                for value in (here[key], there.get(key))
+            )
+            name = "Python" if key == "python" else key
+            raise VersionMismatch(
+                f"{where} has {name} {its}, this client has {name} {mine}",
+                hint=f"run both sides with {name} {mine}, or with {name} {its}",
+            )

@@ -1,0 +1,437 @@
+"""The worker: executes calls that come over a duplex byte stream, one after another, in its main thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import sys
+import threading
+import time
+import types
+from typing import TYPE_CHECKING, Any
+
+from . import bodies, exceptions, items, logs, pickling, wire
+from .errors import ProtocolError, SerializationError, VersionMismatch
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+EVERYBODY = 1 << 31  # as in shm, which is not imported unless it is used
+STREAM_WINDOW = 16  # values of a generator that may be under way
+FLUSH_S = 0.01  # how long a result of a batch may wait for company
+_STREAMS = (types.GeneratorType, types.AsyncGeneratorType)
+
+
+class Worker:
+    """One conversation with one client."""
+
+    def __init__(self, stream: wire.Stream, side: socket.socket | None = None) -> None:
+        self.stream = stream
+        self.side = side
+        self.functions: dict[int, tuple[wire.Frame, str]] = {}
+        self.loaded: dict[int, tuple[Callable[..., Any], dict[str, Any]]] = {}
+        self.objects: dict[str, Any] = {}
+        self.batch: Batch | None = None
+        self.recalled = 0
+        self._loop: Any = None
+        self._ahead = False
+        self._ahead_go: threading.Semaphore | None = None
+        self._frames: queue.SimpleQueue[wire.Frame | BaseException] = queue.SimpleQueue()
+
+    # life
+
+    def serve(self) -> None:
+        """Say hello, then answer until the client is gone."""
+        self.capture = logs.Capture(self.stream)
+        here = {**wire.versions(), "pid": os.getpid(), "host": os.uname().nodename, "shm": self.side is not None}
+        self.stream.send(wire.HELLO, meta=json.dumps(here).encode())
+        try:
+            hello = self.stream.receive()
+            if hello.kind != wire.HELLO:
+                raise ProtocolError("the client did not say hello")
+            self._welcome(json.loads(hello.meta))
+            while True:
+                self._answer(self._next())
+        except EOFError:
+            pass
+        except (ProtocolError, VersionMismatch) as error:
+            payload = exceptions.dumps(error)
+            meta = _error_meta(error, "runtime")
+            self.stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
+
+    def _welcome(self, hello: dict[str, Any]) -> None:
+        wire.check_versions(wire.versions(), hello, where="the client")
+        os.environ.update(hello.get("env", {}))
+        for name in hello.get("unset", ()):
+            os.environ.pop(name, None)
+        if "sys_path" in hello:
+            known = set(hello["sys_path"])
+            sys.path[:] = hello["sys_path"] + [entry for entry in sys.path if entry not in known]
+        if cwd := hello.get("cwd"):
+            try:
+                os.chdir(cwd)
+            except OSError:
+                pass  # the client's directory is not there on this host
+        sys.argv = [hello.get("argv0", "")]
+        if hello.get("shm") and self.side is not None:
+            from . import shm
+
+            self.stream.arena = shm.Arena(self.side)
+            self.stream.mapped = shm.Mapped(self.side)
+
+    def _next(self) -> wire.Frame:
+        """The next frame for the main thread: read here, or by the thread that reads ahead while the client says so."""
+        if not self._ahead:
+            frame = self.stream.receive()
+            if frame.flags & wire.AHEAD:
+                self._ahead = True
+                if self._ahead_go is None:
+                    self._ahead_go = threading.Semaphore(0)
+                    threading.Thread(target=self._read_ahead, name="flowfn-ahead", daemon=True).start()
+                self._ahead_go.release()
+            return frame
+        ahead = self._frames.get()
+        if isinstance(ahead, BaseException):
+            raise ahead
+        self._ahead = bool(ahead.flags & wire.AHEAD)
+        return ahead
+
+    def _read_ahead(self) -> None:
+        """Read while the main thread computes, and send what a batch has finished meanwhile."""
+        assert self._ahead_go is not None
+        poll = select.poll()
+        poll.register(self.stream.read_fd, select.POLLIN)
+        while True:
+            self._ahead_go.acquire()
+            more = True
+            wait = FLUSH_S
+            while more:
+                try:
+                    while self.stream.pending == 0 and not poll.poll(wait * 1000):
+                        batch = self.batch
+                        wait = FLUSH_S if batch is not None and batch.flush() else min(wait * 2, 0.1)
+                    frame = self.stream.receive()
+                except (EOFError, ProtocolError) as error:
+                    self._frames.put(error)
+                    return
+                if frame.kind == wire.RECALL:
+                    self.recalled = frame.call
+                elif frame.kind == wire.STAGE:
+                    threading.Thread(target=_stage, args=(frame,), daemon=True).start()
+                else:
+                    self._frames.put(frame)
+                more = bool(frame.flags & wire.AHEAD)
+
+    def _answer(self, frame: wire.Frame) -> None:
+        kind = frame.kind
+        if kind == wire.CALL:
+            self._call(frame)
+        elif kind == wire.BATCH:
+            self._batch(frame)
+        elif kind == wire.FUNCTION:
+            self.functions[frame.arg] = (frame, json.loads(frame.meta).get("kwargs", "") if frame.meta else "")
+            self.loaded.pop(frame.arg, None)
+        elif kind == wire.OBJECT:
+            self.objects[frame.meta.decode()] = _Lazy(frame)
+        elif kind == wire.DROP:
+            key = frame.meta.decode()
+            self.objects.pop(key, None)
+            if self.stream.mapped is not None:
+                self.stream.mapped.forget(EVERYBODY | int(key.rpartition("-")[2]))
+        # CREDIT, CLOSE, RECALL and END that come after the end of what they were about need no answer.
+
+    # calls
+
+    def function(self, number: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """A function body and the keyword arguments that all its calls share, loaded at the first use."""
+        if found := self.loaded.get(number):
+            return found
+        frame, shared = self.functions[number]
+        objects = _Objects(self.objects)
+        function = bodies.load(frame.body, frame.buffers, objects=objects)
+        kwargs = objects[shared] if shared else {}
+        self.loaded[number] = function, kwargs
+        return function, kwargs
+
+    def arguments(self, payload: Any, buffers: list[Any]) -> tuple[Any, list[Any]]:
+        """Unpickled arguments, and the references in them, staged."""
+        try:
+            value, references = pickling.loads(payload, buffers, objects=_Objects(self.objects))
+        except Exception as error:
+            raise SerializationError(
+                f"the arguments can't be rebuilt in the worker: {type(error).__name__}: {error}",
+                hint="are the modules of their types installed where the worker runs?",
+            ) from error
+        for reference in references:
+            reference.prepare()
+        return value, references
+
+    def _call(self, frame: wire.Frame) -> None:
+        call = self.capture.call = frame.call
+        references: list[Any] = []
+        started = time.perf_counter()
+        try:
+            function, shared = self.function(frame.arg)
+            (args, kwargs), references = self.arguments(frame.body, frame.buffers)
+            want_begin, frame = frame.flags & wire.WANT_BEGIN, None  # type: ignore[assignment]
+            if want_begin:
+                self.stream.send(wire.BEGIN, call=call)
+            started = time.perf_counter()
+            value = function(*args, **shared, **kwargs)
+            args = kwargs = None
+            if type(value) in _STREAMS:
+                self._stream_values(call, value)
+                value = None
+            else:
+                value = self.settle(value)
+            finish(references, True)
+            payload = result_payload(value)
+            value = None
+        except BaseException as error:
+            finish(references, False)
+            meta, payload = failure(error)
+            kind = wire.ERROR
+            del error
+        else:
+            meta, kind = b"", wire.RESULT
+        self.capture.flush()
+        micros = min(int((time.perf_counter() - started) * 1e6), 0xFFFFFFFF)
+        self.stream.send(kind, call=call, arg=micros, meta=meta, body=payload.data, buffers=payload.buffers)
+        self.capture.call = 0
+
+    def settle(self, value: Any) -> Any:
+        """The value, awaited if it is a coroutine."""
+        if type(value) is types.CoroutineType:
+            import asyncio
+
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                asyncio.set_event_loop(self._loop)
+            return self._loop.run_until_complete(value)
+        return value
+
+    def _stream_values(self, call: int, values: Any) -> None:
+        """Send what a generator yields, never more than the client has room for."""
+        if type(values) is types.AsyncGeneratorType:
+            values = self._synchronous(values)
+        self.stream.send(wire.STREAM, call=call)
+        credit = STREAM_WINDOW
+        try:
+            for value in values:
+                payload = result_payload(value)
+                self.capture.flush()
+                self.stream.send(wire.YIELD, call=call, body=payload.data, buffers=payload.buffers)
+                del value, payload
+                credit -= 1
+                while not credit:
+                    frame = self.stream.receive()
+                    if frame.call == call and frame.kind == wire.CREDIT:
+                        credit += frame.arg
+                    elif frame.call == call and frame.kind == wire.CLOSE:
+                        return
+        finally:
+            values.close()
+
+    def _synchronous(self, values: Any) -> Any:
+        try:
+            while True:
+                try:
+                    yield self.settle(_awaited(values.__anext__()))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self.settle(_awaited(values.aclose()))
+
+    # batches
+
+    def _batch(self, frame: wire.Frame) -> None:
+        batch = self.batch = Batch(self, frame)
+        del frame
+        try:
+            batch.run()
+        finally:
+            self.batch = None
+            self.capture.call = 0
+
+
+class Batch:
+    """Items of one map, run one after another; results leave when the batch is done or has taken FLUSH_S."""
+
+    def __init__(self, worker: Worker, frame: wire.Frame) -> None:
+        self.worker = worker
+        self.call = frame.call
+        self.number = frame.arg
+        self.star = not frame.meta[:1] == b"1"  # whether an item is a tuple of arguments or the one argument
+        self.watched = frame.flags & wire.WANT_BEGIN
+        self.stops = frame.flags & wire.STOP
+        self.inputs = items.unpack(frame.flags, frame.meta[1:], frame.body, frame.buffers)
+        self.results: list[Any] = []
+        self.sent = 0
+        self.lock = threading.Lock()
+        self.started = self.flushed = self.item_started = time.perf_counter()
+        self._reported = -1
+
+    def run(self) -> None:
+        worker, results, inputs = self.worker, self.results, self.inputs
+        capture, plain = worker.capture, pickling.PLAIN
+        try:
+            function, shared = worker.function(self.number)
+        except BaseException as error:
+            function, shared = _raiser(error), {}
+        clock = time.perf_counter
+        star = self.star
+        capture.call = self.call
+        for index in range(len(inputs)):
+            item = inputs[index]
+            inputs[index] = None
+            if type(item) is items.Packed:
+                value: Any = self._general(function, shared, item)
+            else:
+                try:
+                    value = function(*item, **shared) if star else function(item, **shared)
+                    if type(value) not in plain:
+                        value = items.Packed(result_payload(_no_stream(worker.settle(value))))
+                except BaseException as error:
+                    value = _failed(error)
+            capture.flush()
+            results.append(value)
+            if worker.recalled == self.call or (self.stops and type(value) is items.Packed and value.head):
+                break
+            now = self.item_started = clock()
+            if now - self.flushed > FLUSH_S:
+                self.flush()
+        self.flush(last=True)
+
+    def _general(self, function: Callable[..., Any], shared: dict[str, Any], item: items.Packed) -> items.Packed:
+        references: list[Any] = []
+        try:
+            argument, references = self.worker.arguments(item.payload.data, item.payload.buffers)
+            item.payload = None  # type: ignore[assignment]
+            args = argument if self.star else (argument,)
+            argument = None
+            value = _no_stream(self.worker.settle(function(*args, **shared)))
+            args = ()
+            finish(references, True)
+            return items.Packed(result_payload(value))
+        except BaseException as error:
+            finish(references, False)
+            return _failed(error)
+
+    def flush(self, *, last: bool = False) -> bool:
+        """Send the results that were not sent yet, and which item runs now. False if there was nothing to say."""
+        with self.lock:
+            now = time.perf_counter()
+            done = len(self.results)
+            if done == self.sent and not last and (not self.watched or self._reported == done):
+                return False
+            first, values = self.sent, self.results[self.sent : done]
+            self.results[first:done] = [None] * (done - first)
+            flags, table, body, buffers = items.pack(values)
+            progress = items.PROGRESS.pack(done, now - self.item_started, now - self.started)
+            self.worker.stream.send(
+                wire.PART,
+                call=self.call,
+                arg=first,
+                flags=flags | (wire.LAST if last else 0),
+                meta=progress + table,
+                body=body,
+                buffers=buffers,
+            )
+            self.sent = self._reported = done
+            self.flushed = now
+            return True
+
+
+class _Lazy:
+    """A shared object that was not unpickled yet."""
+
+    __slots__ = ("frame",)
+
+    def __init__(self, frame: wire.Frame) -> None:
+        self.frame = frame
+
+
+class _Objects(dict[str, Any]):
+    """The shared objects by key, unpickled when first asked for."""
+
+    def __init__(self, store: dict[str, Any]) -> None:
+        super().__init__()
+        self.store = store
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.store
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.store[key]
+        if type(value) is _Lazy:
+            value = self.store[key] = pickling.loads(value.frame.body, value.frame.buffers, objects=self)[0]
+        return value
+
+
+def finish(references: list[Any], ok: bool) -> None:
+    """Publish or discard what a call's references hold. Publishing may raise; discarding does not."""
+    for reference in references:
+        try:
+            reference.finish(ok)
+        except Exception:
+            if ok:
+                raise
+
+
+def result_payload(value: Any) -> pickling.Payload:
+    try:
+        return pickling.dumps(value)
+    except SerializationError as error:
+        error.args = (error.message.replace("value", "the result", 1),)
+        raise
+
+
+def failure(error: BaseException) -> tuple[bytes, pickling.Payload]:
+    """Meta and body of an ERROR: whose error it is, its type names, and the exception itself."""
+    skip = 0
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+        skip += 1
+        traceback = traceback.tb_next
+    origin = "runtime" if isinstance(error, SerializationError) else "function"
+    return _error_meta(error, origin), exceptions.dumps(error, skip_frames=skip)
+
+
+def _failed(error: BaseException) -> items.Packed:
+    meta, payload = failure(error)
+    return items.Packed(payload, meta)
+
+
+def _error_meta(error: BaseException, origin: str) -> bytes:
+    return json.dumps({"origin": origin, "types": exceptions.type_names(error)}).encode()
+
+
+def _raiser(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def _no_stream(value: Any) -> Any:
+    if type(value) in _STREAMS:
+        raise SerializationError(
+            "a generator can't be the result of one item of a map", hint="call .remote() per input"
+        )
+    return value
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _stage(frame: wire.Frame) -> None:
+    """Stage what a coming call will need. Its errors are that call's to report."""
+    try:
+        for reference in pickling.loads(frame.body, frame.buffers)[1]:
+            reference.prepare()
+    except Exception:
+        pass
