@@ -27,7 +27,6 @@ with_options.options(timeout=3).remote("x")  # refused
 number: int = bare.remote(1)  # refused
 listed: list[int] = with_options.remote(1)  # refused
 bare.no_such_method()  # refused
-bare.options(gpus="a100")  # refused
 
 
 @flow.function(timeout_seconds=3)  # refused

@@ -29,7 +29,12 @@ def mypy(path: Path, tmp_path: Path) -> dict[int, str]:
 def pyright(path: Path, tmp_path: Path) -> dict[int, str]:
     """The lines that pyright refuses, and why."""
     config = tmp_path / "pyrightconfig.json"
-    settings = {"include": [str(path)], "extraPaths": [str(ROOT), str(ROOT / "runtime")], "typeCheckingMode": "strict"}
+    # An absolute path in "include" would be ignored.
+    settings = {
+        "include": [os.path.relpath(path, tmp_path)],
+        "extraPaths": [str(ROOT), str(ROOT / "runtime")],
+        "typeCheckingMode": "strict",
+    }
     config.write_text(json.dumps({**settings, "reportUnusedCallResult": False, "reportUnusedFunction": False}))
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(config)]
     environment = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
