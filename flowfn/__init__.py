@@ -43,6 +43,36 @@ if TYPE_CHECKING:
     from flowfn_runtime.data.references import Output as Output
     from flowfn_runtime.data.spec import Mount as Mount
     from flowfn_runtime.data.store import upload as upload
+    from flowfn_runtime.errors import BackendError as BackendError
+    from flowfn_runtime.errors import BackendUnavailable as BackendUnavailable
+    from flowfn_runtime.errors import CacheFull as CacheFull
+    from flowfn_runtime.errors import CallCancelled as CallCancelled
+    from flowfn_runtime.errors import CallError as CallError
+    from flowfn_runtime.errors import ConfigError as ConfigError
+    from flowfn_runtime.errors import DataAccessDenied as DataAccessDenied
+    from flowfn_runtime.errors import DataChanged as DataChanged
+    from flowfn_runtime.errors import DataError as DataError
+    from flowfn_runtime.errors import DataNotFound as DataNotFound
+    from flowfn_runtime.errors import DataUnavailable as DataUnavailable
+    from flowfn_runtime.errors import FlowError as FlowError
+    from flowfn_runtime.errors import FunctionTimeout as FunctionTimeout
+    from flowfn_runtime.errors import NameConflict as NameConflict
+    from flowfn_runtime.errors import OutOfMemory as OutOfMemory
+    from flowfn_runtime.errors import ProtocolError as ProtocolError
+    from flowfn_runtime.errors import RemoteError as RemoteError
+    from flowfn_runtime.errors import ResourceUnavailable as ResourceUnavailable
+    from flowfn_runtime.errors import SandboxError as SandboxError
+    from flowfn_runtime.errors import SerializationError as SerializationError
+    from flowfn_runtime.errors import TaskError as TaskError
+    from flowfn_runtime.errors import TaskFailed as TaskFailed
+    from flowfn_runtime.errors import TaskNotFound as TaskNotFound
+    from flowfn_runtime.errors import ValidationError as ValidationError
+    from flowfn_runtime.errors import VersionMismatch as VersionMismatch
+    from flowfn_runtime.errors import VolumeConflict as VolumeConflict
+    from flowfn_runtime.errors import VolumeError as VolumeError
+    from flowfn_runtime.errors import VolumeInUse as VolumeInUse
+    from flowfn_runtime.errors import VolumeNotFound as VolumeNotFound
+    from flowfn_runtime.errors import WorkerLost as WorkerLost
 
 __version__ = "0.1.0"
 
@@ -65,7 +95,7 @@ _WHERE = {
     "flowfn_runtime.data.store": ["upload"],
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
-_ERRORS = [
+_ERRORS = (
     "FlowError",
     "ConfigError",
     "ValidationError",
@@ -96,7 +126,7 @@ _ERRORS = [
     "TaskNotFound",
     "TaskFailed",
     "NameConflict",
-]
+)
 _MODULES.update(dict.fromkeys(_ERRORS, "flowfn_runtime.errors"))
 
 __all__ = sorted(_MODULES)

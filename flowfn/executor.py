@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from flowfn import pool as pools
+from flowfn.backends import registry
 from flowfn.body import Body, describe
 from flowfn.call import Call
 from flowfn.function import Function, run_future
@@ -33,7 +34,7 @@ class Executor(concurrent.futures.Executor):
 
     def __init__(self, max_workers: int | None = None, **options: Any) -> None:
         self._spec = FunctionSpec.from_options(max_workers=max_workers, **options)
-        self._pool = Pool(pools.registry.get(self._spec.backend), self._spec)
+        self._pool = Pool(registry.get(self._spec.backend), self._spec)
         pools.keep(self._pool)
         self._lock = threading.Lock()
         self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
@@ -67,7 +68,7 @@ class Executor(concurrent.futures.Executor):
             body = self._bodies[function] = Body(function)
         return body
 
-    def map(  # type: ignore[override]
+    def map(
         self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
     ) -> Iterator[T]:
         """As `concurrent.futures.Executor.map`: inputs are taken at once, results come in order.

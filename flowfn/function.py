@@ -6,7 +6,7 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from flowfn import body as bodies_here
@@ -123,7 +123,7 @@ class Function(Generic[P, R]):
             source = ((*bound, *values) for values in zip(*iterables, strict=False))
         else:
             source = zip(*iterables, strict=False)
-        totals = [len(i) for i in iterables if hasattr(i, "__len__")]
+        totals = [len(i) for i in iterables if isinstance(i, Sized)]
         total = min(totals) if totals else None
         return self._map(source, not single, kwargs, window, order_outputs, return_exceptions, total)
 
@@ -137,7 +137,7 @@ class Function(Generic[P, R]):
         return_exceptions: bool = False,
     ) -> Map[R]:
         """As `map`, with the arguments of each call in a tuple."""
-        total = len(arguments) if hasattr(arguments, "__len__") else None
+        total = len(arguments) if isinstance(arguments, Sized) else None
         bound = self._bound
         source = ((*bound, *values) for values in arguments)
         return self._map(source, True, kwargs, window, order_outputs, return_exceptions, total)
@@ -158,12 +158,12 @@ class Function(Generic[P, R]):
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Task:
         """Make the call a durable task: it survives this process, and its result can be had any number of times."""
-        from flowfn.submit import submit_call
+        from flowfn.task import submit_call
 
-        return submit_call(self.spec, self.__flow_wrapped__, (*self._bound, *args), kwargs, name=self.name)
+        return submit_call(self.spec, self.__flow_wrapped__, (*self._bound, *args), kwargs)
 
     def options(self, **options: Any) -> Function[P, R]:
-        """This function with some options set anew, as a handle of its own. The options are those of `flow.function`."""
+        """This function with some options set anew, as a handle of its own; they are those of `flow.function`."""
         other = type(self)(self.__flow_wrapped__, self.spec.replace(**options))
         other._bound = self._bound
         return other

@@ -154,7 +154,7 @@ class Run:
                     pass
 
     def make_room(self, pulled: int) -> int:
-        """See that somebody takes what was pulled, wait while the window is full; the index to come back at, -1: stop."""
+        """See that what was pulled is taken; wait while the window is full. The index to come back at; -1: stop."""
         with self.lock:
             if self.pending:
                 if self.idle_couriers:
@@ -528,7 +528,7 @@ class Courier:
         if frame.kind != wire.PART or frame.call != self.chunks[0].number:
             return
         chunk = self.chunks[0]
-        running, item_s, batch_s = items.PROGRESS.unpack_from(frame.meta)
+        _running, item_s, batch_s = items.PROGRESS.unpack_from(frame.meta)
         values = items.unpack(frame.flags, frame.meta[items.PROGRESS.size :], frame.body, frame.buffers)
         first = frame.arg
         chunk.done = first + len(values)

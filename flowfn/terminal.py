@@ -1,4 +1,4 @@
-"""What a person sees: output of calls, progress bars. On a terminal; a pipe or a log gets the output and nothing else."""
+"""What a person sees: the output of calls, and progress bars. A pipe or a log gets the output and nothing else."""
 
 from __future__ import annotations
 

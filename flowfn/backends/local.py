@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 # The environment that only counts when a program starts; workers that differ in it can't share a host.
 _EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__)))
+# Nothing from the working directory may stand in for a module of the standard library.
 _BOOT = (
-    "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({root!r}); "
+    f"import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({_ROOT!r}); "
     "from flowfn_runtime.host import main; main()"
 )
 _PACKET_BYTES = 1 << 20
@@ -48,15 +50,11 @@ class LocalConnection(Connection):
     def hello(self) -> Mapping[str, Any]:
         started_with = self._host.environ
         now = {**os.environ, **self._env}
-        try:
-            cwd: str | None = os.getcwd()
-        except FileNotFoundError:
-            cwd = None
         return {
             "env": {name: value for name, value in now.items() if started_with.get(name) != value},
             "unset": [name for name in started_with if name not in now],
             "sys_path": [os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
-            "cwd": cwd,
+            "cwd": _cwd(),
             "argv0": sys.argv[0] if sys.argv else "",
             "shm": self.side is not None,
         }
@@ -181,6 +179,13 @@ class _Host:
         self.control.close()
 
 
+def _cwd() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
 def _reap(pid: int) -> str:
     try:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -196,7 +201,6 @@ def _spawn(control: socket.socket, environ: Mapping[str, str]) -> int:
     """
     if not sys.executable:
         raise BackendUnavailable("this Python does not know its own executable", hint="run under a regular python")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__)))
     actions: list[tuple[Any, ...]] = []
     # Out of the way first: the targets 3 and 4 may be the numbers of the sources.
     import fcntl
@@ -213,7 +217,7 @@ def _spawn(control: socket.socket, environ: Mapping[str, str]) -> int:
         if len(high) == 1:
             actions.append((os.POSIX_SPAWN_OPEN, 4, os.devnull, os.O_RDONLY, 0))
         actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
-        argv = [sys.executable, "-c", _BOOT.format(root=root)]
+        argv = [sys.executable, "-c", _BOOT]
         defaults = [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP]
         return os.posix_spawn(sys.executable, argv, environ, file_actions=actions, setsigdef=defaults)
     except OSError as error:
@@ -245,7 +249,7 @@ class LocalBackend(Backend):
         if spec.cpu:
             request["cpus"] = spec.cpu
         if spec.gpu:
-            request["gpus"] = [(g.model, g.memory_gb, g.count) for g in spec.gpu]
+            request["gpus"] = list(map(str, spec.gpu))
         return self._host(spec, env).connect(request, env, self.accelerated)
 
     def _host(self, spec: FunctionSpec, env: Mapping[str, str]) -> _Host:
@@ -259,7 +263,13 @@ class LocalBackend(Backend):
                     from flowfn import config
 
                     mounts = [mount.to_dict() for mount in spec.mounts]
-                    launch = {"mounts": mounts, "env": dict(env), "project": config.load().project}
+                    launch = {
+                        "mounts": mounts,
+                        "env": dict(env),
+                        "project": config.load().project,
+                        "boot": _BOOT,
+                        "cwd": _cwd(),
+                    }
                 host = self._hosts[(mounted, early)] = _Host(env, launch)
         host.staged.wait()
         if host.error is not None:
@@ -272,7 +282,10 @@ class LocalBackend(Backend):
         if spec.gpu:
             from flowfn_runtime import gpus
 
-            return gpus.slots([(g.model, g.memory_gb, g.count) for g in spec.gpu])
+            there = gpus.inventory()
+            gpus.check(spec.gpu, there)
+            fit = [sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu]
+            return max(fit)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, int(cores // spec.cpu)) if spec.cpu else cores
 

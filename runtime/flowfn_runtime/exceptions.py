@@ -1,8 +1,8 @@
 """Exceptions to bytes and back, whole: type, attributes, cause, context, notes, groups and traceback.
 
 Pickle loses most of that, and fails on any exception whose constructor takes other arguments than it keeps. Here an
-exception is taken apart on the side where it was raised, and the parts are tried there; what can't be rebuilt arrives as
-a RemoteError with its text. Tracebacks are sent as (file, function, line) and made into real ones by tblib.
+exception is taken apart on the side where it was raised, and the parts are tried there; what can't be rebuilt arrives
+as a RemoteError with its text. Tracebacks are sent as (file, function, line) and made into real ones by tblib.
 """
 
 from __future__ import annotations

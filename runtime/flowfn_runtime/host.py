@@ -122,7 +122,7 @@ class Host:
             child = self.children.pop(pid, None)
             if child is not None:
                 orphaned = True
-                end = {"id": child.number, "pid": pid, "exitcode": os.waitstatus_to_exitcode(status)}
+                end: dict[str, Any] = {"id": child.number, "pid": pid, "exitcode": os.waitstatus_to_exitcode(status)}
                 if child.out_of_memory:
                     end["out_of_memory"] = {"limit": child.memory_limit, "peak": child.peak}
                 self.ends.append(end)
@@ -173,8 +173,9 @@ def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket
             limits.set_cpu(cpus)
         if gpus := request.get("gpus"):
             from . import gpus as inventory
+            from .gpu_request import parse_gpu
 
-            claim = inventory.claim([tuple(entry) for entry in gpus], wait=True)
+            claim = inventory.claim(parse_gpu(gpus), wait=True)
             assert claim is not None
             os.environ.update(claim.env)
     except Exception as error:
@@ -212,7 +213,9 @@ def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> N
             if not data:
                 break
             request = json.loads(data)
-            if request["op"] == "fork":
+            if request["op"] == "launch":
+                launch(request, control, private)
+            elif request["op"] == "fork":
                 stream = wire.Stream(fds[0], fds[0])
                 side = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
                 pid = host.fork(request, stream, side, private)
@@ -223,6 +226,44 @@ def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> N
             elif request["op"] == "kill":
                 host.kill(request["id"])
     host.end()
+
+
+def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]) -> None:
+    """Become a host inside a filesystem of its own: stage the mounts, then start anew in a sandbox that has them.
+
+    What the staging holds (cached data, volumes) stays held by the descriptors that the sandbox inherits.
+    """
+    import base64
+
+    from . import exceptions
+
+    def progress(state: Any) -> None:
+        _tell(
+            control, {"progress": {"url": state.url, "done_bytes": state.done_bytes, "total_bytes": state.total_bytes}}
+        )
+
+    started = time.perf_counter()
+    try:
+        from . import sandbox
+        from .data import mounts, spec
+
+        wanted = [spec.Mount.from_dict(mount) for mount in request["mounts"]]
+        sandbox.check()
+        staged = mounts.stage(wanted, env=request["env"], project=request["project"], progress=progress)
+        os.environ.update(sandbox.environment(os.environ))
+        os.environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in wanted})
+        argv = [sys.executable, "-c", request["boot"]]
+        # The thread of the client that started this process may end before it does: dying is seen to by the host.
+        command = sandbox.command(argv, staged.binds, cwd=request["cwd"], die_with_parent=False)
+        for fd in (*inherited, *staged.lease_fds):
+            os.set_inheritable(fd, True)
+        seconds = time.perf_counter() - started
+        _tell(control, {"launched": True, "seconds": seconds, "fetched_bytes": staged.fetched_bytes})
+        os.execvp(command[0], command)
+    except BaseException as error:
+        payload = exceptions.dumps(error)
+        _tell(control, {"error": base64.b64encode(b"".join([payload.data, *payload.buffers])).decode()})
+        os._exit(1)
 
 
 def _tell(control: socket.socket, message: dict[str, Any]) -> None:

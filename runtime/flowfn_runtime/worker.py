@@ -264,7 +264,7 @@ class Batch:
         self.worker = worker
         self.call = frame.call
         self.number = frame.arg
-        self.star = not frame.meta[:1] == b"1"  # whether an item is a tuple of arguments or the one argument
+        self.star = frame.meta[:1] != b"1"  # whether an item is a tuple of arguments or the one argument
         self.watched = frame.flags & wire.WANT_BEGIN
         self.stops = frame.flags & wire.STOP
         self.inputs = items.unpack(frame.flags, frame.meta[1:], frame.body, frame.buffers)
