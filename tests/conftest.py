@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3 import S3, S3Server
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +17,19 @@ def flow_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     for name in ("FLOW_BACKEND", "FLOW_GPUS", "FLOW_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     yield home
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on loopback, for the whole session."""
+    server = S3Server(tmp_path_factory.mktemp("s3")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server) -> S3:
+    """A new bucket on the S3 server, and how to get at it: see `s3.S3`."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    (s3_server.root / bucket).mkdir()
+    return S3(s3_server, bucket, f"http://127.0.0.1:{s3_server.port}")

@@ -1,0 +1,141 @@
+"""Any URL that fsspec knows, through its filesystem: the source of last resort, and of everything exotic."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flowfn_runtime.data.http1 import WireError
+from flowfn_runtime.data.model import Listing, Object
+from flowfn_runtime.data.retry import Patience
+from flowfn_runtime.data.spec import redact, scheme_of
+from flowfn_runtime.errors import DataChanged, DataError, DataNotFound, DataUnavailable
+
+_PIECE_BYTES = 4 << 20
+
+# Variables of a task's own environment that filesystems read from the process's: option of the filesystem by variable.
+_FROM_ENV = {
+    "gs": {"GOOGLE_APPLICATION_CREDENTIALS": "token", "GOOGLE_CLOUD_PROJECT": "project"},
+    "abfs": {
+        "AZURE_STORAGE_CONNECTION_STRING": "connection_string",
+        "AZURE_STORAGE_ACCOUNT_NAME": "account_name",
+        "AZURE_STORAGE_ACCOUNT_KEY": "account_key",
+        "AZURE_STORAGE_SAS_TOKEN": "sas_token",
+    },
+    "hf": {"HF_TOKEN": "token", "HF_ENDPOINT": "endpoint"},
+}
+_SAME = {"gcs": "gs", "az": "abfs", "abfss": "abfs", "adl": "abfs"}
+
+
+class FsspecSource:
+    """A file or directory of an fsspec filesystem."""
+
+    ranges = True
+
+    def __init__(self, url: str, options: Mapping[str, Any], env: Mapping[str, str]) -> None:
+        from flowfn_runtime.data import access
+
+        self.url = url
+        scheme = scheme_of(url)
+        known = _FROM_ENV.get(_SAME.get(scheme, scheme), {})
+        chosen = {option: env[variable] for variable, option in known.items() if env.get(variable)}
+        self._access = access
+        self._fs, self._path = access.filesystem(url, {**chosen, **options})
+        self._prefix = url.partition("://")[0] + "://" if "://" in url else ""
+        self.identity = f"fsspec {scheme} {getattr(self._fs, 'fsid', '') if _has_fsid(self._fs) else ''}"
+
+    def object_url(self, key: str) -> str:
+        return self._prefix + key
+
+    def close(self) -> None:
+        pass  # fsspec keeps its filesystems
+
+    def _info(self) -> Mapping[str, Any]:
+        self._fs.invalidate_cache()
+        info: Mapping[str, Any] = self._fs.info(self._path)
+        return info
+
+    def stat(self) -> Object:
+        info = self._try(self._info)
+        if info.get("type") == "directory":
+            raise DataError(f"{redact(self.url)} is a directory, not an object.", url=redact(self.url))
+        return self._object(self._path, info)
+
+    def listing(self, *, hints: Sequence[str] = ()) -> Listing:
+        info = self._try(self._info)
+        if info.get("type") != "directory":
+            return Listing(
+                self.url, posixpath.dirname(self._path).rstrip("/") + "/", True, (self._object(self._path, info),)
+            )
+        root = self._path.rstrip("/") + "/"
+        found = self._try(lambda: self._fs.find(self._path, detail=True))
+        objects = [
+            self._object(name, entry)
+            for name, entry in sorted(found.items())
+            if entry.get("type") != "directory" and name.startswith(root)
+        ]
+        if found and not objects:
+            raise DataError(f"{redact(self.url)}: the filesystem lists paths outside of it.", url=redact(self.url))
+        return Listing(self.url, root, False, tuple(objects))
+
+    def _object(self, key: str, raw: Mapping[str, Any]) -> Object:
+        info = self._access.info_from(self.url, raw)
+        return Object(
+            key=key,
+            size=info.size_bytes,
+            # Only S3 promises what its ETag is; elsewhere it is a version like any other.
+            version=" ".join(filter(None, (info.etag, info.version))) or None,
+            modified=info.modified.timestamp() if info.modified else None,
+        )
+
+    def fetch(
+        self, object: Object, first: int, last: int | None, sink: Callable[[memoryview], Any]
+    ) -> Mapping[str, str]:
+        end = object.size if last is None else last + 1
+        try:
+            if end is not None and end - first <= _PIECE_BYTES:
+                if end > first:
+                    sink(memoryview(self._fs.cat_file(object.key, start=first, end=end)))
+                return {}
+            with self._fs.open(object.key, "rb", block_size=_PIECE_BYTES, cache_type="readahead") as opened:
+                opened.seek(first)
+                position = first
+                while end is None or position < end:
+                    piece = opened.read(_PIECE_BYTES if end is None else min(_PIECE_BYTES, end - position))
+                    if not piece:
+                        break
+                    sink(memoryview(piece))
+                    position += len(piece)
+        except FileNotFoundError as error:
+            url = redact(self.object_url(object.key))
+            raise DataChanged(f"{url} was deleted after it was listed.", url=url) from error
+        except Exception as error:
+            raise self._meaning(error) from error
+        return {}
+
+    def _try(self, work: Callable[[], Any]) -> Any:
+        def attempt() -> Any:
+            try:
+                return work()
+            except Exception as error:
+                raise self._meaning(error) from error
+
+        return Patience(self.url).attempt(attempt)
+
+    def _meaning(self, error: Exception) -> Exception:
+        if isinstance(error, DataError):
+            return error
+        meaning = self._access.explain(error, self.url)
+        if isinstance(meaning, DataUnavailable):
+            return WireError(meaning.message)
+        if isinstance(meaning, DataNotFound):
+            meaning.hint = meaning.hint or "Check the spelling."
+        return meaning
+
+
+def _has_fsid(fs: Any) -> bool:
+    try:
+        return bool(fs.fsid)
+    except (NotImplementedError, AttributeError):
+        return False

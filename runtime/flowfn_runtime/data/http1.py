@@ -1,0 +1,329 @@
+"""One HTTP/1.1 connection, made for moving bytes: bodies go from the socket into a reused buffer and on to a file.
+
+A general client copies each body two or three times and allocates as it goes; here a gigabyte costs a few system calls
+a mebibyte. It speaks what object stores speak: requests with a body of known length, answers with a length or chunked,
+connections that stay open. Signing, retries and meaning are for others (`s3`, `retry`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ssl
+
+BUFFER_BYTES = 1 << 20
+_MAX_HEAD_BYTES = 64 << 10
+_CONNECT_TIMEOUT_S = 15
+# How long a socket may be silent. A server that thinks longer than this is as good as gone.
+_SILENCE_TIMEOUT_S = 60
+
+Sink = Callable[[memoryview], None]
+
+
+class WireError(Exception):
+    """The connection failed, or what came over it is not the answer: worth another try on a new connection."""
+
+
+class Unreachable(WireError):
+    """No connection came about: refused, no route, no such name."""
+
+
+class Endpoint:
+    """Where to connect: `scheme` (http or https), `host`, `port`; `ca_file` replaces the system's authorities."""
+
+    def __init__(self, scheme: str, host: str, port: int | None = None, *, ca_file: str | None = None) -> None:
+        self.scheme = scheme
+        self.host = host
+        self.port = port or (443 if scheme == "https" else 80)
+        self.ca_file = ca_file
+        self._context: ssl.SSLContext | None = None
+
+    @property
+    def authority(self) -> str:
+        """The value of the Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+    def connect(self) -> socket.socket:
+        """A connected socket, with TLS for https. Raises `Unreachable`, or `WireError` when the handshake fails."""
+        try:
+            sock = socket.create_connection((self.host, self.port), timeout=_CONNECT_TIMEOUT_S)
+        except OSError as error:
+            raise Unreachable(f"{self.authority}: {error.strerror or error}") from error
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.scheme == "https":
+                sock = self._tls().wrap_socket(sock, server_hostname=self.host)
+            # The kernel's own timeouts on a blocking socket: no poll before each read, and MSG_WAITALL works.
+            sock.settimeout(None)
+            silence = struct.pack("@ll", _SILENCE_TIMEOUT_S, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, silence)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, silence)
+        except OSError as error:
+            sock.close()
+            raise WireError(f"{self.authority}: {error.strerror or error}") from error
+        return sock
+
+    def _tls(self) -> ssl.SSLContext:
+        if self._context is None:
+            import ssl
+
+            self._context = ssl.create_default_context(cafile=self.ca_file)
+        return self._context
+
+
+class Pool:
+    """Connections to one endpoint, each used by one request at a time. Safe to share among threads."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._idle: deque[Connection] = deque()
+
+    def request(self, method: str, head: bytes, body: memoryview | bytes | None = None) -> Response:
+        """Send a request on an idle connection, or a new one. It is idle again when the answer's body is taken."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = Connection(self.endpoint, self._idle.append)
+        return connection.request(method, head, body)
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
+class Response:
+    """An answer's head; its body is still on the wire until `read` or `pour` took it.
+
+    `length` is the body's length in bytes, None when it is chunked or ends with the connection.
+    """
+
+    def __init__(self, status: int, headers: Mapping[str, str], connection: Connection, method: str) -> None:
+        self.status = status
+        self.headers = headers
+        self._connection = connection
+        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+        self.length: int | None
+        if method == "HEAD" or status in (204, 304) or status < 200:
+            self.length = 0
+        elif self.chunked or "content-length" not in headers:
+            self.length = None
+        else:
+            self.length = int(headers["content-length"])
+
+    @property
+    def keep_alive(self) -> bool:
+        return self.headers.get("connection", "").lower() != "close"
+
+    def pour(self, sink: Sink) -> int:
+        """Hand the body to `sink`, piece by piece (each valid only during the call); return its length in bytes.
+
+        Raises `WireError` when the body ends early.
+        """
+        return self._connection.pour(self, sink)
+
+    def discard(self) -> None:
+        """Close the connection rather than take a body that nobody wants."""
+        self._connection.close()
+        self._connection.released()
+
+    def read(self) -> bytes:
+        """The whole body."""
+        parts: list[bytes] = []
+        self.pour(lambda piece: parts.append(bytes(piece)))
+        return b"".join(parts)
+
+
+class Connection:
+    """A connection that is opened when needed and kept. For one thread at a time.
+
+    `idle` is told when an answer's body has been taken, and the next request may come.
+    """
+
+    def __init__(self, endpoint: Endpoint, idle: Callable[[Connection], object]) -> None:
+        self.endpoint = endpoint
+        self._idle = idle
+        self._socket: socket.socket | None = None
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        # What has been received and not yet consumed: self._buffer[self._start:self._end].
+        self._start = self._end = 0
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        self._start = self._end = 0
+
+    def __del__(self) -> None:
+        # The threads that connections belong to end without a word.
+        self.close()
+
+    def released(self) -> None:
+        """The last answer is done with."""
+        self._idle(self)
+
+    def request(self, method: str, head: bytes, body: memoryview | bytes | None = None) -> Response:
+        """Send a request (`head` ends with the empty line) and read the answer's head.
+
+        A kept connection that turns out to be closed by the server is replaced once, unseen. Raises `WireError`.
+        """
+        fresh = self._socket is None
+        while True:
+            try:
+                if self._socket is None:
+                    self._socket = self.endpoint.connect()
+                    self._start = self._end = 0
+                # Small bodies travel in the packet of their head.
+                if body is not None and len(body) <= 16384:
+                    self._socket.sendall(head + bytes(body))
+                else:
+                    self._socket.sendall(head)
+                    if body is not None:
+                        self._socket.sendall(body)
+                return self._read_head(method)
+            except (WireError, OSError, ValueError) as error:
+                nothing_came = self._end == 0
+                self.close()
+                if fresh or not nothing_came or isinstance(error, Unreachable):
+                    raise _wire_error(error, self.endpoint) from error
+                fresh = True
+
+    def _read_head(self, method: str) -> Response:
+        buffer, end = self._buffer.obj, self._end
+        assert isinstance(buffer, bytearray)
+        if self._start:
+            self._buffer[: end - self._start] = bytes(self._buffer[self._start : end])
+            self._start, self._end = 0, end - self._start
+        while True:
+            stop = buffer.find(b"\r\n\r\n", 0, self._end)
+            if stop >= 0:
+                break
+            if self._end > _MAX_HEAD_BYTES:
+                raise WireError("the answer's head has no end")
+            self._receive_more()
+        lines = bytes(self._buffer[:stop]).decode("latin-1").split("\r\n")
+        self._start = stop + 4
+        version, _, rest = lines[0].partition(" ")
+        if not version.startswith("HTTP/1."):
+            raise WireError(f"not HTTP: {lines[0][:40]!r}")
+        headers: dict[str, str] = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        status = int(rest[:3])
+        if status == 100:
+            return self._read_head(method)
+        return Response(status, headers, self, method)
+
+    def _receive_more(self) -> None:
+        assert self._socket is not None
+        count = self._socket.recv_into(self._buffer[self._end :])
+        if not count:
+            raise WireError("the server closed the connection")
+        self._end += count
+
+    def pour(self, response: Response, sink: Sink) -> int:
+        """See `Response.pour`."""
+        done = False
+        try:
+            total = self._pour_chunks(sink) if response.chunked else self._pour_plain(response.length, sink)
+            done = response.length is not None or response.chunked
+            return total
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
+                raise
+            raise _wire_error(error, self.endpoint) from error
+        finally:
+            if not done or not response.keep_alive:
+                self.close()
+            self.released()
+
+    def _pour_plain(self, length: int | None, sink: Sink) -> int:
+        buffer = self._buffer
+        held = self._end - self._start
+        take = held if length is None else min(held, length)
+        if take:
+            sink(buffer[self._start : self._start + take])
+            self._start += take
+        if self._start == self._end:
+            self._start = self._end = 0
+        done = take
+        sock = self._socket
+        assert sock is not None or length == done
+        wait_all = socket.MSG_WAITALL if self.endpoint.scheme == "http" and length is not None else 0
+        while length is None or done < length:
+            assert sock is not None
+            want = BUFFER_BYTES if length is None else min(BUFFER_BYTES, length - done)
+            count = sock.recv_into(buffer, want, wait_all)
+            if not count:
+                if length is None:
+                    break
+                raise WireError(f"the body ended after {done:,} of {length:,} bytes")
+            sink(buffer[:count])
+            done += count
+        return done
+
+    def _pour_chunks(self, sink: Sink) -> int:
+        total = 0
+        while True:
+            size = int(self._line().partition(b";")[0], 16)
+            total += self._pour_counted(size, sink)
+            if not size:
+                while self._line():  # trailers
+                    pass
+                return total
+            if self._line():
+                raise WireError("a chunk is longer than it said")
+
+    def _pour_counted(self, size: int, sink: Sink) -> int:
+        left = size
+        while left:
+            if self._start == self._end:
+                self._start = self._end = 0
+                self._receive_more()
+            take = min(left, self._end - self._start)
+            sink(self._buffer[self._start : self._start + take])
+            self._start += take
+            left -= take
+        return size
+
+    def _line(self) -> bytes:
+        buffer = self._buffer.obj
+        assert isinstance(buffer, bytearray)
+        while True:
+            stop = buffer.find(b"\r\n", self._start, self._end)
+            if stop >= 0:
+                line = bytes(self._buffer[self._start : stop])
+                self._start = stop + 2
+                return line
+            if self._start:
+                rest = bytes(self._buffer[self._start : self._end])
+                self._buffer[: len(rest)] = rest
+                self._start, self._end = 0, len(rest)
+            if self._end > _MAX_HEAD_BYTES:
+                raise WireError("a line has no end")
+            self._receive_more()
+
+
+# Errors of the sink (our disk), not of the network: they must not be retried as if the server had failed.
+_LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EBADF})
+
+
+def _wire_error(error: Exception, endpoint: Endpoint) -> WireError:
+    if isinstance(error, WireError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
+        return WireError(f"{endpoint.authority}: nothing came for {_SILENCE_TIMEOUT_S} s")
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return WireError(f"{endpoint.authority}: {text}")

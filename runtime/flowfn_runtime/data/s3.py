@@ -1,0 +1,313 @@
+"""S3's wire protocol, as far as moving data needs it: signed requests, listings, ranged reads, uploads, and its errors.
+
+Keys go to the server exactly as they are listed (`a//b`, `a/../b`, a slash at the end), which general-purpose stores
+that take keys for paths can't do. Every error of the server's becomes one of ours here, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from flowfn_runtime.data.credentials import Keys, S3Settings
+from flowfn_runtime.data.http1 import Endpoint, Pool, Response, WireError
+from flowfn_runtime.data.model import Object, parse_time
+from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound
+
+_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+_SAFE = "-._~"
+PAGE_KEYS = 1000
+
+
+class Busy(WireError):
+    """The server asks for patience (500, 503 SlowDown, 429): worth another try later."""
+
+
+class S3:
+    """A client for one bucket. Safe to share among threads: each has connections of its own."""
+
+    def __init__(self, bucket: str, settings: S3Settings) -> None:
+        self.bucket = bucket
+        self._lock = threading.Lock()
+        self._settings = settings
+        self._address(settings)
+
+    def _address(self, settings: S3Settings) -> None:
+        with self._lock:
+            self._settings = settings
+            base = settings.endpoint or f"https://s3.{settings.region}.amazonaws.com"
+            parts = urlsplit(base if "://" in base else f"https://{base}")
+            host, prefix = parts.hostname or "", parts.path.rstrip("/")
+            # A bucket with a dot in its name fits no wildcard certificate.
+            if settings.path_style or "." in self.bucket or not _is_dns(self.bucket):
+                prefix += "/" + quote(self.bucket, safe=_SAFE)
+            else:
+                host = f"{self.bucket}.{host}"
+            self._endpoint = Endpoint(parts.scheme, host, parts.port, ca_file=settings.ca_file)
+            self._pool = Pool(self._endpoint)
+            self._prefix = prefix
+            self._signing_key: tuple[tuple[str, str, str], bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """The service's URL, as far as it tells this store from another."""
+        return self._settings.endpoint or "aws"
+
+    def url(self, key: str = "") -> str:
+        return f"s3://{self.bucket}/{key}"
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        method: str,
+        key: str,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: memoryview | bytes | None = None,
+    ) -> Response:
+        """Send one signed request. The answer has whatever status the server gave; raises `WireError`."""
+        settings = self._settings
+        path = f"{self._prefix}/{quote(key, safe='/' + _SAFE)}"
+        query_text = "&".join(
+            f"{quote(name, safe=_SAFE)}={quote(value, safe=_SAFE)}" for name, value in sorted((query or {}).items())
+        )
+        sent = {"host": self._endpoint.authority, **(headers or {})}
+        if settings.requester_pays:
+            sent["x-amz-request-payer"] = "requester"
+        if settings.keys is not None:
+            self._sign(sent, settings.keys(), settings.region, method, path, query_text, body)
+        if body is not None or method in ("PUT", "POST"):
+            sent["content-length"] = str(len(body or b""))
+        lines = [f"{method} {path}{'?' + query_text if query_text else ''} HTTP/1.1"]
+        lines.extend(f"{name}: {value}" for name, value in sent.items())
+        return self._pool.request(method, ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body)
+
+    def close(self) -> None:
+        """Close idle connections."""
+        self._pool.close()
+
+    def _sign(
+        self,
+        headers: dict[str, str],
+        keys: Keys,
+        region: str,
+        method: str,
+        path: str,
+        query: str,
+        body: memoryview | bytes | None,
+    ) -> None:
+        """AWS Signature Version 4. Bodies are not hashed: their integrity is checked by length and checksum."""
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        digest = _EMPTY_SHA256 if not body else "UNSIGNED-PAYLOAD"
+        headers["x-amz-date"] = now
+        headers["x-amz-content-sha256"] = digest
+        if keys.token:
+            headers["x-amz-security-token"] = keys.token
+        names = sorted(name for name in headers if name == "host" or name.startswith("x-amz-"))
+        listed = ";".join(names)
+        canonical = "\n".join((method, path, query, *(f"{name}:{headers[name]}" for name in names), "", listed, digest))
+        day = now[:8]
+        scope = f"{day}/{region}/s3/aws4_request"
+        text = f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+        cached = self._signing_key
+        if cached is None or cached[0] != (keys.secret, day, region):
+            derived = b"AWS4" + keys.secret.encode()
+            for part in (day, region, "s3", "aws4_request"):
+                derived = hmac.digest(derived, part.encode(), "sha256")
+            cached = self._signing_key = ((keys.secret, day, region), derived)
+        signature = hmac.digest(cached[1], text.encode(), "sha256").hex()
+        headers["authorization"] = (
+            f"AWS4-HMAC-SHA256 Credential={keys.access}/{scope}, SignedHeaders={listed}, Signature={signature}"
+        )
+
+    # -- what the server holds -----------------------------------------------------------------------------------------
+
+    def page(
+        self, prefix: str, *, after: str | None = None, token: str | None = None
+    ) -> tuple[list[Object], str | None]:
+        """One page of keys with `prefix`, in order; and the token of the next one, None at the end."""
+        query = {"list-type": "2", "prefix": prefix, "max-keys": str(PAGE_KEYS), "encoding-type": "url"}
+        if token:
+            query["continuation-token"] = token
+        elif after:
+            query["start-after"] = after
+        response = self.send("GET", "", query)
+        if response.status != 200:
+            raise self.error(response, prefix, action="list")
+        return _parse_page(response.read())
+
+    def head(self, key: str) -> Object:
+        """What the server says of one object. Raises `DataNotFound` if there is none."""
+        response = self.send("HEAD", key)
+        if response.status != 200:
+            raise self.error(response, key, action="read")
+        response.read()
+        return object_of(key, response.headers)
+
+    def get(self, key: str, *, first: int | None = None, last: int | None = None, etag: str | None = None) -> Response:
+        """Begin to read an object, or its bytes `first` to `last` (inclusive); only of the version `etag`, if given."""
+        headers: dict[str, str] = {}
+        if first is not None:
+            headers["range"] = f"bytes={first}-{last if last is not None else ''}"
+        if etag:
+            headers["if-match"] = f'"{etag}"'
+        response = self.send("GET", key, None, headers)
+        if response.status not in (200, 206):
+            raise self.error(response, key, action="read", pinned=etag is not None)
+        # Some servers answer a range with status 200; what counts is which bytes they say it is.
+        if first is not None and not response.headers.get("content-range", "").startswith(f"bytes {first}-"):
+            response.discard()  # a server that ignores ranges would send the whole object for each of them
+            raise DataError(f"{self.url(key)}: the server ignores byte ranges.", url=self.url(key))
+        return response
+
+    # -- errors --------------------------------------------------------------------------------------------------------
+
+    def error(self, response: Response, key: str, *, action: str, pinned: bool = False) -> Exception:
+        """The error that an answer with a failing status means; a `WireError` if another try may help."""
+        text = response.read().decode("utf-8", "replace")
+        code, message = _tag(text, "Code"), _tag(text, "Message")
+        status, url, where = response.status, self.url(key), self._where()
+        told = message or code or f"status {status}"
+        if self._follow_region(response, text, code):
+            return Busy(f"the bucket is in {self._settings.region}")
+        if code in _PATIENCE or status >= 500 or status == 429:
+            return Busy(f"{url}: the server answers {status} {code or ''}".rstrip())
+        if code == "NoSuchBucket" or (status == 404 and action == "list"):
+            return DataNotFound(
+                f"There is no bucket {self.bucket!r} at {where}.",
+                url=url,
+                hint="Check the spelling, and the endpoint (AWS_ENDPOINT_URL_S3, or endpoint_url= in storage_options).",
+            )
+        if status == 404:
+            if pinned:
+                return DataChanged(
+                    f"{url} was deleted after it was listed.", url=url, hint="Run again: a new listing decides."
+                )
+            return DataNotFound(f"There is no object {url}.", url=url, hint=f"flow data ls {_parent(url)}")
+        if status in (412, 416):
+            return DataChanged(
+                f"{url} is not the version that was listed.", url=url, hint="Run again: a new listing decides."
+            )
+        if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException") or (
+            status in (301, 307, 400) and not code
+        ):
+            return DataError(
+                f"{url}: the bucket is not served by the region {self._settings.region} ({told}).",
+                url=url,
+                hint="Set AWS_REGION to the bucket's region (or region= in storage_options).",
+            )
+        if code == "InvalidAccessKeyId":
+            return DataAccessDenied(
+                f"{url}: {where} does not know this access key.",
+                url=url,
+                hint="Check AWS_ACCESS_KEY_ID, and that it belongs to this endpoint.",
+            )
+        if code == "SignatureDoesNotMatch":
+            return DataAccessDenied(
+                f"{url}: the secret does not fit the access key.", url=url, hint="Check AWS_SECRET_ACCESS_KEY."
+            )
+        if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"):
+            return DataAccessDenied(
+                f"{url}: the credentials have expired.",
+                url=url,
+                hint="Renew them (for instance aws sso login), or pass a new AWS_SESSION_TOKEN.",
+            )
+        if code in ("InvalidToken", "InvalidClientTokenId"):
+            return DataAccessDenied(
+                f"{url}: the session token is not valid.",
+                url=url,
+                hint="Check AWS_SESSION_TOKEN; unset it if the key is a permanent one.",
+            )
+        if code == "RequestTimeTooSkewed":
+            return DataAccessDenied(
+                f"{url}: this machine's clock differs too much from the server's.", url=url, hint="Set the clock."
+            )
+        if status in (401, 403):
+            if self._settings.keys is None:
+                hint = "The request was anonymous: give credentials, or leave out anon=True."
+            else:
+                verb = "s3:ListBucket on the bucket" if action == "list" else f"s3:{action.title()}Object on the key"
+                hint = f"The credentials work but do not reach this: allow {verb.replace('ReadO', 'GetO')}."
+            what = f"listing {url}" if action == "list" else f"{action} access to {url}"
+            return DataAccessDenied(f"{where} denies {what} ({told}).", url=url, hint=hint)
+        return DataError(f"{url}: {where} answers {status}: {told}", url=url)
+
+    def _follow_region(self, response: Response, text: str, code: str) -> bool:
+        """Go to the region that the server names, if it names another one than was used. True if it did."""
+        if response.status not in (301, 307, 400, 403) or (self._settings.endpoint and code != _MALFORMED):
+            return False
+        region = response.headers.get("x-amz-bucket-region") or _tag(text, "Region")
+        if not region or region == self._settings.region:
+            return False
+        self._address(replace(self._settings, region=region))
+        return True
+
+    def _where(self) -> str:
+        return self._settings.endpoint or f"Amazon S3 ({self._settings.region})"
+
+
+_MALFORMED = "AuthorizationHeaderMalformed"
+_PATIENCE = frozenset(
+    {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
+)
+_ENTRY = re.compile(r"<Contents>(.*?)</Contents>", re.DOTALL)
+
+
+def _tag(text: str, name: str) -> str:
+    start = text.find(f"<{name}>")
+    end = text.find(f"</{name}>", start)
+    return _unescape(text[start + len(name) + 2 : end]) if 0 <= start < end else ""
+
+
+def _unescape(text: str) -> str:
+    if "&" not in text:
+        return text
+    import html
+
+    return html.unescape(text)
+
+
+def _parse_page(body: bytes) -> tuple[list[Object], str | None]:
+    text = body.decode()
+    decode = unquote if _tag(text, "EncodingType") == "url" else str
+    objects = [
+        Object(
+            key=decode(_tag(entry, "Key")),
+            size=int(_tag(entry, "Size") or 0),
+            etag=_tag(entry, "ETag").strip('"') or None,
+            modified=parse_time(_tag(entry, "LastModified")),
+        )
+        for entry in _entries(text)
+    ]
+    token = _tag(text, "NextContinuationToken") if _tag(text, "IsTruncated") == "true" else ""
+    return objects, token or None
+
+
+def _entries(text: str) -> Iterator[str]:
+    return (match.group(1) for match in _ENTRY.finditer(text))
+
+
+def object_of(key: str, headers: Mapping[str, Any]) -> Object:
+    return Object(
+        key=key,
+        size=int(headers.get("content-length", 0)),
+        etag=str(headers.get("etag", "")).strip('"') or None,
+        version=headers.get("x-amz-version-id") or None,
+        modified=parse_time(headers.get("last-modified")),
+    )
+
+
+def _is_dns(bucket: str) -> bool:
+    return re.fullmatch(r"[a-z0-9][a-z0-9\-]{1,61}[a-z0-9]", bucket) is not None
+
+
+def _parent(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[0] + "/"

@@ -1,0 +1,411 @@
+"""Fetch many objects at once, and large ones by byte ranges side by side, each verified against the listing.
+
+Where bytes end up is the caller's business: it hands in `Job`s, which open a file when their turn comes and are told
+when it is complete. The number of threads grows as long as the processor is idle: a few for a server next door, dozens
+for one that is far away.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from flowfn_runtime.data.http1 import WireError
+from flowfn_runtime.data.model import Object, Progress
+from flowfn_runtime.data.retry import Patience
+from flowfn_runtime.data.sources import Source
+from flowfn_runtime.data.spec import redact
+from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
+
+PART_BYTES = 8 << 20
+# An object up to this size is one request; larger ones are fetched in parts side by side.
+WHOLE_BYTES = 16 << 20
+_FIRST_THREADS = 4
+_MOST_THREADS = 64
+_LOOK_EVERY_S = 0.02
+# How much of a processor the process may keep busy and still be thought to be waiting for the network.
+_IDLE_BELOW = 1.2
+_REPORT_EVERY_S = 0.1
+
+
+class Job(Protocol):
+    """One object to fetch, and where to. Called from several threads, but never from two at once for one job."""
+
+    object: Object
+
+    def begin(self) -> int | None:
+        """A file descriptor to write to, of an empty file; None if there is nothing to do after all."""
+
+    def complete(self, fd: int) -> None:
+        """All bytes are in the file, and they are the right ones."""
+
+    def abandon(self, fd: int) -> None:
+        """The file won't be completed."""
+
+
+def fetch(source: Source, jobs: Iterable[Job], *, progress: Callable[[Progress], None] | None = None) -> int:
+    """Do all `jobs`; return how many bytes were fetched. Raises the first `DataError` (the other jobs are abandoned),
+    and whatever `begin` and `complete` raise."""
+    return _Fetch(source, jobs, progress).run()
+
+
+class _Parts:
+    """A large object under way: its file, and which of its parts are there."""
+
+    def __init__(self, job: Job, fd: int, size: int) -> None:
+        self.job = job
+        self.fd = fd
+        self.count = -(-size // PART_BYTES)
+        self.done: set[int] = set()
+        self.digest = hashlib.md5(usedforsecurity=False) if job.object.md5 else None
+        self.hashed = 0  # parts that are in the digest
+        self.hashing = False
+        self.failures = 0  # times that the digest was wrong
+        self.headers: Mapping[str, str] = {}
+
+
+class _Fetch:
+    def __init__(self, source: Source, jobs: Iterable[Job], progress: Callable[[Progress], None] | None) -> None:
+        self.source = source
+        self.waiting = deque(jobs)
+        self.parts: deque[tuple[_Parts, int]] = deque()
+        self.open_parts: set[_Parts] = set()
+        self.lock = threading.Condition()
+        self.running = 0
+        self.beginning = 0  # jobs whose parts may still come into `parts`
+        self.failure: BaseException | None = None
+        self.patience = Patience(source.url)
+        self.fetched = 0
+        self.report = _Report(source.url, self.waiting, progress)
+        self.threads = 0
+        self.looked = (time.monotonic(), time.process_time())
+
+    def run(self) -> int:
+        if not self.waiting:
+            return 0
+        try:
+            for _ in range(min(_FIRST_THREADS, max(len(self.waiting), self._most_parts()))):
+                self._start()
+            with self.lock:
+                while self.running:
+                    self.lock.wait()
+        except BaseException:
+            # Ctrl-C: no thread may write to a file after this.
+            self._stop(CallCancelled("The transfer was stopped."))
+            with self.lock:
+                while self.running:
+                    self.lock.wait()
+            raise
+        finally:
+            for parts in self.open_parts:
+                parts.job.abandon(parts.fd)
+        if self.failure is not None:
+            raise self.failure
+        self.report.finish()
+        return self.fetched
+
+    def _most_parts(self) -> int:
+        return max((object.object.size or 0) for object in self.waiting) // PART_BYTES
+
+    def _start(self) -> None:
+        with self.lock:
+            self.threads += 1
+            self.running += 1
+        threading.Thread(target=self._work, name="flowfn-transfer", daemon=True).start()
+
+    def _stop(self, failure: BaseException) -> None:
+        with self.lock:
+            if self.failure is None:
+                self.failure = failure
+        self.patience.stopped.set()
+
+    def _work(self) -> None:
+        try:
+            while self.failure is None:
+                if self.parts:
+                    try:
+                        parts, index = self.parts.popleft()
+                    except IndexError:
+                        continue
+                    self._part(parts, index)
+                else:
+                    with self.lock:
+                        if not self.waiting:
+                            if not self.beginning and not self.parts:
+                                return
+                            if not self.parts:
+                                self.lock.wait()
+                            continue
+                        job = self.waiting.popleft()
+                        self.beginning += 1
+                    self._job(job)
+                self._more_threads()
+        except BaseException as error:
+            self._stop(error)
+        finally:
+            with self.lock:
+                self.running -= 1
+                self.lock.notify_all()
+
+    def _more_threads(self) -> None:
+        """Add threads while those that are there leave the processor idle."""
+        now = time.monotonic()
+        if now - self.looked[0] < _LOOK_EVERY_S:
+            return
+        with self.lock:
+            then, used_then = self.looked
+            if now - then < _LOOK_EVERY_S:
+                return
+            used = time.process_time()
+            self.looked = (now, used)
+            idle = used - used_then < _IDLE_BELOW * (now - then)
+            wanted = min(2 * self.threads, _MOST_THREADS, self.threads + len(self.waiting) + len(self.parts))
+            more = wanted - self.threads if idle else 0
+        for _ in range(more):
+            self._start()
+
+    # -- one object ----------------------------------------------------------------------------------------------------
+
+    def _job(self, job: Job) -> None:
+        try:
+            fd = self._begin(job)
+        finally:
+            with self.lock:
+                self.beginning -= 1
+                if not self.beginning or self.parts:
+                    self.lock.notify_all()
+        if fd is None:
+            return
+        try:
+            self._whole(job, fd)
+        except BaseException:
+            job.abandon(fd)
+            raise
+        job.complete(fd)
+        self.report.add(0, 1)
+
+    def _begin(self, job: Job) -> int | None:
+        """Open a job's file. None if nothing is left to do for the caller: the object is there, or split into parts."""
+        fd = job.begin()
+        if fd is None:
+            self.report.add(job.object.size or 0, 1)
+            return None
+        size = job.object.size
+        if size is None or size <= WHOLE_BYTES or not self.source.ranges:
+            return fd
+        try:
+            allocate(fd, size)
+        except BaseException:
+            job.abandon(fd)
+            raise
+        parts = _Parts(job, fd, size)
+        with self.lock:
+            self.open_parts.add(parts)
+        self.parts.extend((parts, index) for index in range(parts.count))
+        return None
+
+    def _whole(self, job: Job, fd: int) -> None:
+        object, expected = job.object, job.object.md5
+        if object.size == 0:
+            return
+
+        def attempt() -> None:
+            digest = hashlib.md5(usedforsecurity=False) if expected else None
+            position = 0
+
+            def sink(piece: memoryview) -> None:
+                nonlocal position
+                write_all(fd, piece, position)
+                position += len(piece)
+                if digest:
+                    digest.update(piece)
+
+            headers = self.source.fetch(object, 0, None, sink)
+            if object.size is not None and position != object.size:
+                raise WireError(f"{position} of {object.size} bytes came")
+            if digest:
+                _check_digest(digest.hexdigest(), object, headers, self.source)
+            with self.lock:
+                self.fetched += position
+            self.report.add(position, 0)
+
+        self.patience.attempt(_again_if_damaged(attempt))
+
+    def _part(self, parts: _Parts, index: int) -> None:
+        object = parts.job.object
+        assert object.size is not None
+        first = index * PART_BYTES
+        last = min(first + PART_BYTES, object.size) - 1
+
+        def attempt() -> None:
+            position = first
+
+            def sink(piece: memoryview) -> None:
+                nonlocal position
+                if self.failure is not None:
+                    raise CallCancelled("The transfer was stopped.")
+                write_all(parts.fd, piece, position)
+                position += len(piece)
+
+            headers = self.source.fetch(object, first, last, sink)
+            if position != last + 1:
+                raise WireError(f"{position - first} of {last + 1 - first} bytes came")
+            parts.headers = headers
+            with self.lock:
+                self.fetched += position - first
+
+        self.patience.attempt(attempt)
+        self.report.add(last + 1 - first, 0)
+        with self.lock:
+            parts.done.add(index)
+        self._hash(parts)
+        with self.lock:
+            if parts not in self.open_parts or len(parts.done) < parts.count:
+                return
+            if parts.digest and (parts.hashing or parts.hashed < parts.count):
+                return  # whoever hashes will see that it was the last
+            self.open_parts.discard(parts)
+        if parts.digest:
+            try:
+                _check_digest(parts.digest.hexdigest(), object, parts.headers, self.source)
+            except _Damaged as damaged:
+                self._from_the_start(parts, damaged)
+                return
+        parts.job.complete(parts.fd)
+        self.report.add(0, 1)
+
+    def _hash(self, parts: _Parts) -> None:
+        """Bring the digest up to the first part that is missing, while other threads go on fetching."""
+        if not parts.digest:
+            return
+        buffer: memoryview | None = None
+        while True:
+            with self.lock:
+                if parts.hashing or parts.hashed not in parts.done:
+                    return
+                parts.hashing = True
+            try:
+                buffer = buffer or memoryview(bytearray(1 << 20))
+                position = parts.hashed * PART_BYTES
+                end = position + PART_BYTES
+                while position < end and (count := os.preadv(parts.fd, [buffer[: end - position]], position)):
+                    parts.digest.update(buffer[:count])
+                    position += count
+            finally:
+                with self.lock:
+                    parts.hashed += 1
+                    parts.hashing = False
+
+    def _from_the_start(self, parts: _Parts, damaged: _Damaged) -> None:
+        """Fetch a large object again whose parts don't make up the listed content."""
+        if parts.failures >= 2:
+            parts.job.abandon(parts.fd)
+            raise damaged.error
+        again = _Parts(parts.job, parts.fd, parts.job.object.size or 0)
+        again.failures = parts.failures + 1
+        with self.lock:
+            self.open_parts.add(again)
+            self.lock.notify_all()
+        self.parts.extend((again, index) for index in range(again.count))
+
+
+class _Damaged(WireError):
+    """All bytes came, and they are not the ones that were listed."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def _again_if_damaged(attempt: Callable[[], None]) -> Callable[[], None]:
+    """Let `attempt` fail its checksum twice: a damaged transfer passes, a damaged object stays."""
+    failures = 0
+
+    def guarded() -> None:
+        nonlocal failures
+        try:
+            attempt()
+        except _Damaged as damaged:
+            failures += 1
+            if failures >= 3:
+                raise damaged.error from None
+            raise
+
+    return guarded
+
+
+def _check_digest(found: str, object: Object, headers: Mapping[str, str], source: Source) -> None:
+    if found == object.md5:
+        return
+    if "kms" in headers.get("x-amz-server-side-encryption", "") or any(
+        name.startswith("x-amz-server-side-encryption-customer") for name in headers
+    ):
+        return  # such an object's ETag only looks like its digest
+    url = redact(source.object_url(object.key))
+    raise _Damaged(
+        DataChanged(
+            f"{url} arrived with the MD5 {found}, but was listed with {object.md5}.",
+            url=url,
+            hint="The object or the way to it is damaged: compare with another copy, or upload it again.",
+        )
+    )
+
+
+def write_all(fd: int, piece: memoryview, position: int) -> None:
+    """Write `piece` at `position`, all of it."""
+    while piece:
+        count = os.pwrite(fd, piece, position)
+        piece = piece[count:]
+        position += count
+
+
+def allocate(fd: int, size: int) -> None:
+    """Reserve room for `size` bytes, so that a full disk is noticed before the transfer. Raises `OSError` ENOSPC."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(fd, size)
+
+
+class _Report:
+    """Adds up what the threads did, and tells the caller now and then."""
+
+    def __init__(self, url: str, jobs: Iterable[Job], tell: Callable[[Progress], None] | None) -> None:
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._next = 0.0
+        if tell is None:
+            return
+        sizes = [job.object.size for job in jobs]
+        total = None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
+        self._progress = [0, 0]
+        self._fixed: tuple[Any, ...] = (redact(url), total, len(sizes))
+
+    def add(self, bytes_: int, objects: int) -> None:
+        if self._tell is None:
+            return
+        with self._lock:
+            self._progress[0] += bytes_
+            self._progress[1] += objects
+            if (now := time.monotonic()) < self._next:
+                return
+            self._next = now + _REPORT_EVERY_S
+            self._send()
+
+    def finish(self) -> None:
+        if self._tell is not None:
+            with self._lock:
+                self._send()
+
+    def _send(self) -> None:
+        assert self._tell is not None
+        url, total, count = self._fixed
+        self._tell(Progress(url, self._progress[0], total, self._progress[1], count))
