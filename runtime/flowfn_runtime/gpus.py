@@ -207,8 +207,12 @@ class Claim:
         self.close()
 
 
-def check(requests: Sequence[GpuRequest], there: Inventory) -> None:
+RequestTuple = tuple[str | None, int | None, int]  # a request as it travels: model, memory_gb, count
+
+
+def check(requests: Sequence[GpuRequest | RequestTuple], there: Inventory) -> None:
     """Raise ResourceUnavailable if none of `requests` could be met even with every GPU free."""
+    requests = _requests(requests)
     if not requests or any(len(_fitting(request, there)) >= request.count for request in requests):
         return
     raise ResourceUnavailable(
@@ -217,8 +221,25 @@ def check(requests: Sequence[GpuRequest], there: Inventory) -> None:
     )
 
 
+def slots(requests: Sequence[GpuRequest | RequestTuple], *, there: Inventory | None = None) -> int:
+    """How many workers that ask for `requests` (fallbacks) this host has room for, when all its GPUs are free.
+
+    Raises ResourceUnavailable if none.
+    """
+    there = inventory() if there is None else there
+    check(requests, there)
+    count = 0
+    left = list(there.gpus)
+    for request in _requests(requests):
+        fitting = _fitting(request, Inventory(tuple(left), there.source))
+        workers = len(fitting) // request.count
+        count += workers
+        left = [gpu for gpu in left if gpu not in fitting[: workers * request.count]]
+    return count
+
+
 def claim(
-    requests: Sequence[GpuRequest],
+    requests: Sequence[GpuRequest | RequestTuple],
     *,
     there: Inventory | None = None,
     wait: bool = False,
@@ -235,6 +256,7 @@ def claim(
     if not requests:
         return Claim((), None, ())
     there = inventory() if there is None else there
+    requests = _requests(requests)
     check(requests, there)
     deadline = None if timeout is None else time.monotonic() + timeout
     fitting = {gpu for request in requests for gpu in _fitting(request, there)}
@@ -255,6 +277,10 @@ def free(there: Inventory) -> tuple[Gpu, ...]:
     """Those that nobody holds at this moment."""
     with _Turn():
         return tuple(gpu for gpu in there.gpus if _probe(_slot(gpu)))
+
+
+def _requests(requests: Sequence[GpuRequest | RequestTuple]) -> list[GpuRequest]:
+    return [GpuRequest(*request) for request in requests]
 
 
 def _fitting(request: GpuRequest, there: Inventory) -> list[Gpu]:
