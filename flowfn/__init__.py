@@ -12,9 +12,14 @@ loss = train.remote(0.1)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from types import ModuleType
+
+TYPE_CHECKING = False  # importing `typing` would cost more than all of this module
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from flowfn.backends.base import Backend as Backend
     from flowfn.client import Flow as Flow
     from flowfn.client import invoke as invoke
@@ -140,6 +145,17 @@ def __getattr__(name: str) -> Any:
 
     value = globals()[name] = getattr(import_module(module), name)
     return value
+
+
+class _Package(ModuleType):
+    """Keeps `flowfn.function` the decorator: importing the submodule of that name would put itself in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

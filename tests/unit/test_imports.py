@@ -148,3 +148,12 @@ def test_every_public_name_is_there() -> None:
         assert getattr(flowfn, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         flowfn.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["flowfn.function", "flowfn.executor", "flowfn.map", "flowfn.client"])
+def test_importing_a_submodule_hides_no_public_name(first: str) -> None:
+    names = run(
+        f"import {first}, json, types, flowfn\n"
+        "print(json.dumps([n for n in flowfn.__all__ if isinstance(getattr(flowfn, n), types.ModuleType)]))"
+    )
+    assert names == []
