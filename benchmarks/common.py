@@ -113,14 +113,22 @@ def environment() -> dict[str, str]:
     }
 
 
-def wall_s(command: Sequence[str]) -> float:
-    """How long a process takes from its start to its end."""
-    started = time.perf_counter()
-    ended = subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    took = time.perf_counter() - started
+def wall_s(command: Sequence[str]) -> tuple[float, str]:
+    """How long a process takes from its start to its end, and the last line that it prints.
+
+    `BENCH_STARTED` in its environment is the monotonic clock at its start.
+    """
+    started = time.monotonic()
+    ended = subprocess.run(
+        command,
+        env={**environment(), "BENCH_STARTED": repr(started)},
+        capture_output=True,
+        text=True,
+    )
+    took = time.monotonic() - started
     if ended.returncode:
         raise PeerMissing((ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1][:200])
-    return took
+    return took, (ended.stdout.splitlines() or [""])[-1]
 
 
 @dataclass
@@ -184,7 +192,8 @@ class Results:
                     "highest": significant(max(series.values)),
                     "rounds": len(series.values),
                 }
-                if (ours := self.get(case, "flowfn", metric)) and peer != "flowfn" and series.median > 0:
+                compared = peer not in ("flowfn", "python") and series.unit != "MiB"
+                if compared and (ours := self.get(case, "flowfn", metric)) and series.median > 0:
                     ratio = ours / series.median if series.higher_is_better else series.median / ours
                     row["ratio"] = significant(ratio)
                 self._print(row)

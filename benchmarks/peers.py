@@ -61,7 +61,7 @@ class Flowfn(Library):
 
         self.flow = flow
         self.functions: dict[Callable[..., Any], Any] = {
-            function: flow.function(function, max_workers=workers)
+            function: flow.function(max_workers=workers)(function)
             for function in (functions.noop, functions.echo, functions.pid_after)
         }
 
