@@ -91,7 +91,7 @@ class Flow:
 
     def run(
         self,
-        task: TaskConfig | str | os.PathLike[str],
+        task: TaskConfig | str | list[str] | os.PathLike[str],
         wait: bool = False,
         mounts: Any = None,
         *,
@@ -100,7 +100,7 @@ class Flow:
         max_wait_seconds: float | None = None,
         **fields: Any,
     ) -> Task:
-        """Run a `TaskConfig`, a job file (a path that ends in .yaml or .yml), or a command.
+        """Run a `TaskConfig`, a job file (a path that ends in .yaml or .yml), or a command (shell lines, or a list).
 
         Returns when the task is submitted; with `wait` when it has ended; `wait_until` says it more finely, and
         `max_wait_seconds` for how long at most (`TimeoutError`). `check` says whether a task would be accepted.
@@ -112,7 +112,7 @@ class Flow:
             started.wait_started(max_wait_seconds)
         return started
 
-    def check(self, task: TaskConfig | str | os.PathLike[str], **fields: Any) -> TaskConfig:
+    def check(self, task: TaskConfig | str | list[str] | os.PathLike[str], **fields: Any) -> TaskConfig:
         """What `run` would run, if it would be accepted; else raises what `run` would raise. Nothing is started."""
         from .submit import check
 
@@ -289,7 +289,7 @@ class _Volumes:
         return volumes.get(volume_id, self._client.config.project)
 
 
-def run(task: TaskConfig | str | os.PathLike[str], wait: bool = False, **fields: Any) -> Task:
+def run(task: TaskConfig | str | list[str] | os.PathLike[str], wait: bool = False, **fields: Any) -> Task:
     """Run a `TaskConfig`, a job file or a command; `fields` are `TaskConfig`'s. See `Flow.run`.
 
     ```python
@@ -331,7 +331,7 @@ def invoke_async(
     return Flow().invoke_async(module_path, function_name, args, kwargs, **options)
 
 
-def config_of(task: TaskConfig | str | os.PathLike[str], **fields: Any) -> TaskConfig:
+def config_of(task: TaskConfig | str | list[str] | os.PathLike[str], **fields: Any) -> TaskConfig:
     """The configuration that `task` means; `fields` win over what a job file says."""
     fields = _task_ids(fields)
     if "gpu" in fields:
@@ -345,7 +345,7 @@ def config_of(task: TaskConfig | str | os.PathLike[str], **fields: Any) -> TaskC
         return TaskConfig(**{**given, **fields})
     if is_job_file(task):
         return TaskConfig(**{**read_yaml(task), **fields})
-    if not isinstance(task, str):
+    if not isinstance(task, (str, list)):
         raise ValidationError(f"run takes a TaskConfig, a command or a job file (.yaml), not {task!r}")
     return TaskConfig(command=task, **fields)
 

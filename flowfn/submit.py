@@ -62,26 +62,25 @@ def check(task: TaskConfig, settings: configuration.Config) -> None:
         _find(spec[0], task.region or settings.region, settings)
 
 
+def run_here(task: TaskConfig, *, settings: configuration.Config) -> tuple[str, str, int | None]:
+    """Run a task in this process, on this process's terminal: its state, why, and its exit code."""
+    from flowfn_runtime.supervisor import Supervisor
+
+    plan = _plan(task, settings, None)
+    directory, lock = _register(plan, settings, task, None)
+    if settings.gpus:
+        os.environ["FLOW_GPUS"] = settings.gpus
+    ended = Supervisor(directory, lock, plan, terminal=True).run()
+    return ended.state, ended.reason, ended.exit_code
+
+
 def _start(plan: dict[str, Any], settings: configuration.Config, task: TaskConfig, call: Call | None) -> str:
-    """Register the task and start its supervisor."""
     task_id: str = plan["id"]
-    depends_on = plan["depends_on"]
+    directory, lock = _register(plan, settings, task, call)
     try:
-        directory, lock = taskdir.create(task_id)
-    except OSError as error:
-        raise taskdb.explain(error) from error
-    try:
-        if call is not None:
-            _write_private(os.path.join(directory, "call"), call.payload)
-        taskdir.write_json(directory, "spec.json", _public(plan, task))
-        row = _row(plan, task, call, settings)
-        _seq, plan["after"] = taskdb.add(row, plan.pop("block_volumes"), depends_on)
-        try:
-            _launch(directory, lock, plan, settings)
-        except BaseException:
-            taskdb.forget(task_id)
-            raise
+        _launch(directory, lock, plan, settings)
     except BaseException as error:
+        taskdb.forget(task_id)
         taskdir.remove_tree(directory)
         if isinstance(error, OSError) and not isinstance(error, FlowError):
             raise taskdb.explain(error) from error
@@ -89,6 +88,29 @@ def _start(plan: dict[str, Any], settings: configuration.Config, task: TaskConfi
     finally:
         os.close(lock)  # the supervisor holds it now
     return task_id
+
+
+def _register(
+    plan: dict[str, Any], settings: configuration.Config, task: TaskConfig, call: Call | None
+) -> tuple[str, int]:
+    """Make the task's directory and its row; returns the directory and the lock, held."""
+    try:
+        directory, lock = taskdir.create(plan["id"])
+    except OSError as error:
+        raise taskdb.explain(error) from error
+    try:
+        if call is not None:
+            _write_private(os.path.join(directory, "call"), call.payload)
+        taskdir.write_json(directory, "spec.json", _public(plan, task))
+        row = _row(plan, task, call, settings)
+        _seq, plan["after"] = taskdb.add(row, plan.pop("block_volumes"), plan["depends_on"])
+    except BaseException as error:
+        os.close(lock)
+        taskdir.remove_tree(directory)
+        if isinstance(error, OSError) and not isinstance(error, FlowError):
+            raise taskdb.explain(error) from error
+        raise
+    return directory, lock
 
 
 # -- what is to be done ------------------------------------------------------------------------------------------------

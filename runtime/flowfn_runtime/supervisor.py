@@ -83,6 +83,7 @@ class Supervisor:
         # and then the locks of all others are free. Nobody is woken in vain.
         for task_id in self.spec["after"]:
             taskdir.wait_released(taskdir.task_dir(task_id))
+            taskdir.wait_released(taskdir.task_dir(task_id), "tree")  # its processes too, if it was killed
         if not self.spec["depends_on"]:
             return
         from . import taskdb

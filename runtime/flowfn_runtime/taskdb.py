@@ -188,7 +188,10 @@ def get(task_id: str) -> TaskRow:
 
 
 def find(wanted: str, project: str) -> TaskRow:
-    """The project's task of this id, or beginning of an id, or (the newest of this) name; else `TaskNotFound`."""
+    """The project's task of this id, or beginning of an id, or the newest of this name; else `TaskNotFound`.
+
+    A name also stands for the newest task to whose name six digits were appended.
+    """
 
     def select(db: sqlite3.Connection) -> tuple[list[Any], list[Any]]:
         exact = db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ? AND project = ?", (wanted, project)).fetchone()
@@ -196,6 +199,12 @@ def find(wanted: str, project: str) -> TaskRow:
             exact = db.execute(
                 f"SELECT {_COLUMNS} FROM tasks WHERE project = ? AND name = ? ORDER BY seq DESC LIMIT 1",
                 (project, wanted),
+            ).fetchone()
+        if exact is None:
+            exact = db.execute(
+                f"SELECT {_COLUMNS} FROM tasks WHERE project = ? AND name >= ? AND name < ? AND length(name) = ? "
+                "ORDER BY seq DESC LIMIT 1",
+                (project, f"{wanted}-0", f"{wanted}-g", len(wanted) + 7),
             ).fetchone()
         if exact is not None:
             return [exact], []

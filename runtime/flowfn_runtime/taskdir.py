@@ -72,10 +72,10 @@ def is_held(directory: str, name: str = "lock") -> bool:
     return False
 
 
-def wait_released(directory: str) -> None:
-    """Sleep in the kernel until no supervisor holds the task. Returns at once if the directory is gone."""
+def wait_released(directory: str, name: str = "lock") -> None:
+    """Sleep in the kernel until nobody holds this lock of the task. Returns at once if it isn't there."""
     try:
-        fd = os.open(os.path.join(directory, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
