@@ -178,9 +178,11 @@ def execute(call: Call, pool: Pool) -> Any:
             worker.kill()
             pool.discard(worker)
             raise
-        call.worker = None
         if isinstance(outcome, RemoteStream):
             return outcome  # it gives the worker back
+        call.worker = None
+        if call.logs is not None:
+            terminal.end_output(call.number)
         if worker.broken:
             pool.discard(worker)
         else:
@@ -356,6 +358,8 @@ class RemoteStream:
         if self._timer is not None:
             self._timer.cancel()
         self._call.worker = None
+        if self._call.logs is not None:
+            terminal.end_output(self._call.number)
         if worker is not None:
             self._pool.release(worker)
 

@@ -175,6 +175,7 @@ class Function(Generic[P, R]):
         if pool is None or self._generation != pools.current or pool.closed:
             pool = self._pool = pools.pool_for(self.spec)
             self._generation = pools.current
+            pool.expect()
         return pool
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -95,6 +95,13 @@ class Pool:
             raise ticket.error
         raise CallCancelled("the call was cancelled while it waited for a worker")
 
+    def expect(self) -> None:
+        """A call will come in a moment: if there is no worker at all, the first is started now."""
+        if not self._alive and not self._starting and not self.closed:
+            with self._lock:
+                if not self._alive and not self._starting:
+                    self._start(1)
+
     def try_acquire(self) -> Worker | None:
         """An idle worker, if there is one and nobody waits for it."""
         with self._lock:
@@ -155,7 +162,10 @@ class Pool:
         if self.closed:
             return
         load = Load(len(self._tickets), self._starting, len(self._alive), self.max_workers)
-        for _ in range(to_start(load)):
+        self._start(to_start(load))
+
+    def _start(self, count: int) -> None:
+        for _ in range(count):
             self._starting += 1
             threading.Thread(target=self._start_one, name="flowfn-start", daemon=True).start()
 
@@ -216,15 +226,18 @@ class Pool:
         """End all workers; calls that wait are cancelled, running ones lose their worker."""
         with self._lock:
             self.closed = True
-            workers, self._alive = list(self._alive), set()
-            self._idle.clear()
+            idle, self._idle = self._idle, []
+            busy = self._alive.difference(idle)
+            self._alive = set()
             tickets, self._tickets = self._tickets, deque()
             self._jobs_ready.notify_all()
             if self._timer is not None:
                 self._timer.cancel()
         for ticket in tickets:
             ticket.gate.release()
-        for worker in workers:
+        for worker in idle:
+            worker.close()
+        for worker in busy:
             worker.shut_down()
 
     # threads that wait for workers in place of the caller

@@ -10,6 +10,7 @@ from typing import Any
 _lock = threading.Lock()
 _bar: Progress | None = None  # the one that is drawn now
 _partial: dict[tuple[int, bool], bytes] = {}  # of marked lines: what came without its end
+_marks: dict[int, tuple[str, str]] = {}
 _PARTIAL_BYTES = 1 << 12
 REDRAW_S = 0.1
 
@@ -31,6 +32,7 @@ def show_output(name: str, call: int, where: str, data: bytes, stderr: bool) -> 
             lines.append(rest)
         elif rest:
             _partial[key] = rest
+            _marks[call] = name, where
         mark = f"\x1b[2m[{name}#{call} {where}]\x1b[0m ".encode() if call else f"\x1b[2m[{where}]\x1b[0m ".encode()
         if lines:
             _erase()
@@ -43,8 +45,10 @@ def end_output(call: int) -> None:
     if not _partial:
         return
     for stderr in (False, True):
-        if rest := _partial.pop((call, stderr), b""):
-            show_output("", call, "", rest + b"\n", stderr)
+        if _partial.get((call, stderr)):
+            name, where = _marks.get(call, ("", ""))
+            show_output(name, call, where, b"\n", stderr)
+    _marks.pop(call, None)
 
 
 def _write(file: Any, data: bytes) -> None:

@@ -7,7 +7,6 @@ descriptors of shared memory.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flowfn_runtime
+from flowfn import config
 from flowfn.backends.base import Backend, Connection, Exit
 from flowfn_runtime import wire
 from flowfn_runtime.errors import BackendUnavailable
@@ -164,6 +164,8 @@ class _Host:
         elif "launched" in message:
             self.staged.set()
         elif "error" in message:
+            import base64
+
             from flowfn_runtime import exceptions
 
             self.error = exceptions.loads(base64.b64decode(message["error"]))
@@ -250,6 +252,7 @@ class LocalBackend(Backend):
             request["cpus"] = spec.cpu
         if spec.gpu:
             request["gpus"] = list(map(str, spec.gpu))
+            request["declared_gpus"] = config.load().gpus
         return self._host(spec, env).connect(request, env, self.accelerated)
 
     def _host(self, spec: FunctionSpec, env: Mapping[str, str]) -> _Host:
@@ -260,8 +263,6 @@ class LocalBackend(Backend):
             if host is None or not host.alive:
                 launch = None
                 if spec.mounts:
-                    from flowfn import config
-
                     mounts = [mount.to_dict() for mount in spec.mounts]
                     launch = {
                         "mounts": mounts,
@@ -282,7 +283,7 @@ class LocalBackend(Backend):
         if spec.gpu:
             from flowfn_runtime import gpus
 
-            there = gpus.inventory()
+            there = gpus.inventory(config.load().gpus)
             gpus.check(spec.gpu, there)
             fit = [sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu]
             return max(fit)

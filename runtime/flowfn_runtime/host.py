@@ -33,7 +33,6 @@ from . import limits, wire, worker
 CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
 EXIT_MARK = "flowfn-exit: "
-SAMPLE_S = 0.02  # how often the memory of limited workers is looked at
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
 
 
@@ -46,6 +45,7 @@ class Child:
         self.memory_limit = memory_limit
         self.peak = 0
         self.out_of_memory = False
+        self.next_sample = 0.0
 
 
 class Host:
@@ -88,8 +88,8 @@ class Host:
     def wait(self, deadline: float | None = None) -> list[int]:
         """Descriptors that have something to say, after looking after the workers. Empty when time is up."""
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if any(child.memory_limit for child in self.children.values()):
-            timeout = SAMPLE_S if timeout is None else min(timeout, SAMPLE_S)
+        if (next_sample := self._next_sample()) is not None:
+            timeout = next_sample if timeout is None else min(timeout, next_sample)
         ready = [fd for fd, _ in self.poll.poll(None if timeout is None else timeout * 1000)]
         if self._wake_read in ready:
             ready.remove(self._wake_read)
@@ -101,14 +101,22 @@ class Host:
         self._check_memory()
         return ready
 
+    def _next_sample(self) -> float | None:
+        """Seconds until the memory of a limited worker is to be looked at; None: there is no such worker."""
+        times = [child.next_sample for child in self.children.values() if child.memory_limit]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
     def _check_memory(self) -> None:
         for child in self.children.values():
-            if child.memory_limit:
-                used = limits.tree_memory(child.pid)
+            started = time.monotonic()
+            if child.memory_limit and child.next_sample <= started:
+                used = limits.tree_memory(child.pid, limit=child.memory_limit)
                 child.peak = max(child.peak, used)
                 if used > child.memory_limit:
                     child.out_of_memory = True
                     limits.kill_tree(child.pid)
+                now = time.monotonic()
+                child.next_sample = now + limits.sample_interval(used, child.memory_limit, now - started)
 
     def _reap(self) -> None:
         orphaned = False
@@ -167,7 +175,7 @@ def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    claim = None
+    claim = cores = None
     try:
         if cpus := request.get("cpus"):
             limits.set_cpu(cpus)
@@ -175,7 +183,8 @@ def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket
             from . import gpus as inventory
             from .gpu_request import parse_gpu
 
-            claim = inventory.claim(parse_gpu(gpus), wait=True)
+            there = inventory.inventory(request.get("declared_gpus"))
+            claim = inventory.claim(parse_gpu(gpus), there=there, wait=True)
             assert claim is not None
             os.environ.update(claim.env)
     except Exception as error:
@@ -184,7 +193,7 @@ def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket
         return 0
     worker.Worker(stream, side).serve()
     atexit._run_exitfuncs()
-    del claim
+    del claim, cores  # held until here
     return 0
 
 
@@ -325,6 +334,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         sys.exit(serve_stdio(json.loads(sys.argv[1])))
     serve_control()
+    os._exit(0)  # there is nothing to take down, and the client may be waiting
 
 
 if __name__ == "__main__":
