@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+
+from flowfn_runtime import pickling
+from flowfn_runtime.data import store
+from flowfn_runtime.data.output import Output
+from flowfn_runtime.data.references import Dir, File, Reference, StagedPath, staged_path
+from flowfn_runtime.errors import DataChanged, DataError, DataNotFound, DataUnavailable, ValidationError
+
+
+def at(bucket: Path, key: str = "") -> str:
+    return f"s3://{bucket.name}/{key}"
+
+
+def send(value: Any) -> tuple[Any, list[Reference]]:
+    """To a worker and out of the pickle there."""
+    payload = pickling.dumps(value)
+    return pickling.loads(bytes(payload.data), payload.buffers)
+
+
+def streamed(ref: File) -> Any:
+    with ref.open() as stream:
+        return stream.read()
+
+
+# -- what references are
+
+
+def test_a_local_file_is_its_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("a,b\n1,2\n")
+    monkeypatch.chdir(tmp_path)
+    for spelled in ("data.csv", "./data.csv", str(file), file, f"file://{file}"):
+        ref = File(spelled)
+        assert ref.url == ref.path == os.fspath(ref) == str(file)
+        assert isinstance(ref, os.PathLike)
+        with open(ref) as opened:
+            assert opened.read() == Path(ref).read_text() == "a,b\n1,2\n"
+    assert ref.name == "data.csv"
+
+
+def test_identity(tmp_path: Path) -> None:
+    assert File("s3://b/k") == File("s3://b/k") == File(File("s3://b/k"))
+    assert hash(File("s3://b/k")) == hash(File("s3://b/k"))
+    assert File("s3://b/k") != File("s3://b/other") != Dir("s3://b/k")
+    assert File("s3://b/k", storage_options={"anon": True}) != File("s3://b/k")
+    ref = File("s3://b/k")
+    assert copy.copy(ref) is copy.deepcopy(ref) is ref
+
+
+def test_secrets_are_not_shown() -> None:
+    shown = repr(File("https://user:pw@host/x?sig=abc", storage_options={"key": "AKIA", "secret": "s3cr3t"}))
+    assert not any(secret in shown for secret in ("pw", "abc", "AKIA", "s3cr3t"))
+    assert repr(File("s3://b/k")) == "File('s3://b/k')"
+
+
+@pytest.mark.parametrize("bad", ["", "a\0b", 3, None, b"bytes"])
+def test_what_is_no_url_is_refused(bad: Any) -> None:
+    with pytest.raises((ValidationError, TypeError)):
+        File(bad)
+
+
+def test_found_at_any_depth_and_noted_on_both_sides(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+
+    @dataclasses.dataclass
+    class Config:
+        inputs: dict[str, list[File]]
+
+    class Model(pydantic.BaseModel):
+        weights: File
+        out: Output
+
+    model = Model(weights="/w", out="s3://b/o")  # type: ignore[arg-type]
+    value = [Config({"a": [File(tmp_path / "x")]}), (model,), {"d": Dir(tmp_path)}]
+    payload = pickling.dumps(value)
+    expected = {File(tmp_path / "x"), File("/w"), Output("s3://b/o"), Dir(tmp_path)}
+    assert set(payload.references) == expected
+    rebuilt, noted = pickling.loads(bytes(payload.data), payload.buffers)
+    assert set(noted) == expected
+    assert rebuilt[1][0].weights == File("/w")
+    assert json.loads(model.model_dump_json()) == {"weights": "/w", "out": "s3://b/o"}
+
+
+def test_libraries_take_a_reference_for_a_path(bucket: Path, tmp_path: Path) -> None:
+    np.save(bucket / "a.npy", np.arange(5))
+    assert np.load(File(at(bucket, "a.npy"))).tolist() == [0, 1, 2, 3, 4]
+
+
+# -- staging and pins
+
+
+def test_staged_once_by_name_and_content(bucket: Path) -> None:
+    (bucket / "dir").mkdir()
+    (bucket / "dir" / "data.csv.gz").write_bytes(b"1,2")
+    ref, again = File(at(bucket, "dir/data.csv.gz")), File(at(bucket, "dir/data.csv.gz"))
+    assert os.path.basename(ref.path) == "data.csv.gz"
+    assert Path(ref).read_bytes() == b"1,2"
+    assert again.path == ref.path
+    (bucket / "dir" / "data.csv.gz").write_bytes(b"new!")
+    assert File(at(bucket, "dir/data.csv.gz")).path != ref.path
+    assert Path(ref).read_bytes() == b"1,2"  # what it had before
+
+
+def test_what_the_client_saw_is_what_the_worker_gets(bucket: Path) -> None:
+    (bucket / "x").write_bytes(b"one")
+    rebuilt, (noted,) = send(File(at(bucket, "x")))
+    noted.prepare()
+    assert rebuilt is noted
+    assert Path(rebuilt).read_bytes() == b"one"
+    noted.finish(True)
+
+    payload = pickling.dumps(File(at(bucket, "x")))
+    (bucket / "x").write_bytes(b"other")
+    _, (late,) = pickling.loads(bytes(payload.data), payload.buffers)
+    with pytest.raises(DataChanged, match=r"size in bytes was 3, and is 5"):
+        late.prepare()
+    with pytest.raises(DataChanged):
+        late.open()
+    with pytest.raises(DataChanged):
+        late.info()
+    assert late.exists()
+
+
+def test_a_changed_local_file_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"one")
+    payload = pickling.dumps(File(file))
+    file.write_bytes(b"two")
+    _, (late,) = pickling.loads(bytes(payload.data), payload.buffers)
+    with pytest.raises(DataChanged, match="x is not what it was"):
+        late.prepare()
+
+
+def test_missing_objects_are_missed_where_they_are_read(bucket: Path) -> None:
+    rebuilt, _ = send(File(at(bucket, "none")))
+    assert not rebuilt.exists()
+    for use in (rebuilt.prepare, rebuilt.open, rebuilt.info):
+        with pytest.raises(DataNotFound, match="none"):
+            use()
+    with pytest.raises(FileNotFoundError):
+        open(rebuilt)
+
+
+def test_a_server_that_is_down_does_not_hold_up_every_pickle(monkeypatch: pytest.MonkeyPatch, bucket: Path) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("FLOW_DATA_PATIENCE", "0.1")
+    refs = [File(f"s3://unreachable/{n}") for n in range(1000)]
+    rebuilt, noted = send(refs)
+    assert rebuilt == refs and len(noted) == 1000
+    with pytest.raises(DataUnavailable):
+        rebuilt[0].prepare()
+
+
+def test_a_directory_is_staged_and_pinned_whole(bucket: Path) -> None:
+    for name, data in {"a/1": b"1", "a/deep/2": b"22", "ab": b"no"}.items():
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).write_bytes(data)
+    rebuilt, (noted,) = send(Dir(at(bucket, "a")))
+    noted.prepare()
+    assert sorted(p.relative_to(rebuilt.path).as_posix() for p in Path(rebuilt).rglob("*") if p.is_file()) == [
+        "1",
+        "deep/2",
+    ]
+    assert streamed(rebuilt / "deep/2") == b"22"
+    info = rebuilt.info()
+    assert (info.count, info.size_bytes, info.is_dir) == (2, 3, True)
+    (bucket / "a" / "3").write_bytes(b"3")
+    _, (noted,) = send(Dir(at(bucket, "a")))
+    (bucket / "a" / "4").write_bytes(b"4")
+    with pytest.raises(DataChanged, match="number of objects was 3, and is 4"):
+        noted.prepare()
+    with pytest.raises(DataNotFound):
+        Dir(at(bucket, "none")).prepare()
+
+
+def test_a_file_is_no_directory_and_the_other_way_round(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"flow\.Dir"):
+        File(tmp_path).prepare()
+    with pytest.raises(DataError, match=r"flow\.File"):
+        Dir(tmp_path / "x").prepare()
+
+
+def test_streams(bucket: Path) -> None:
+    data = os.urandom(3_000_000)
+    (bucket / "x").write_bytes(data)
+    ref = File(at(bucket, "x"))
+    with ref.open() as stream:
+        assert stream.read(10) == data[:10]
+        stream.seek(-5, 2)
+        assert stream.read() == data[-5:]
+        stream.seek(1_000_000)
+        assert stream.read(100_000) == data[1_000_000:1_100_000]
+        assert stream.tell() == 1_100_000
+        stream.seek(0)
+        assert stream.read() == data
+    assert not os.path.exists(os.environ["FLOW_CACHE"])  # nothing was staged
+    with ref.open("wb") as stream:
+        stream.write(b"line 1\nline 2\n")
+    assert (bucket / "x").read_bytes() == b"line 1\nline 2\n"
+    with ref.open("rt") as text:
+        assert list(text) == ["line 1\n", "line 2\n"]
+    with File(at(bucket, "y.gz")).open("wb", compression="infer") as stream:
+        stream.write(b"packed")
+    with File(at(bucket, "y.gz")).open("rt", compression="gzip") as text:
+        assert text.read() == "packed"
+
+
+def test_a_stream_reads_one_version(bucket: Path) -> None:
+    (bucket / "x").write_bytes(b"1" * 2_000_000)
+    with File(at(bucket, "x")).open() as stream:
+        assert stream.read(10) == b"1" * 10
+        (bucket / "x").write_bytes(b"2" * 2_000_001)
+        with pytest.raises(DataChanged):
+            stream.read()
+
+
+# -- outputs
+
+
+def call(ref: Reference, function: Any, *, ok: bool = True) -> None:
+    """What a worker does around a call."""
+    ref.prepare()
+    try:
+        function(ref)
+    finally:
+        ref.finish(ok)
+
+
+def test_an_output_is_published_only_if_the_call_succeeds(bucket: Path, tmp_path: Path) -> None:
+    for url, where in (
+        (at(bucket, "out/x.bin"), bucket / "out" / "x.bin"),
+        (str(tmp_path / "o" / "x"), tmp_path / "o/x"),
+    ):
+        out, (noted,) = send(Output(url))
+        assert noted is out
+        call(out, lambda ref: Path(ref).write_bytes(b"bad"), ok=False)
+        assert not where.exists()
+        out.prepare()
+        path = out.path
+        Path(path).write_bytes(b"good")
+        out.finish(True)
+        assert where.read_bytes() == b"good"
+        assert not os.path.exists(path)
+        assert os.path.basename(path) == os.path.basename(url)
+    assert not any(name for name in os.listdir(Path(os.environ["FLOW_CACHE"], "outputs")))
+
+
+def test_an_output_can_be_a_directory(bucket: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").write_bytes(b"stays")
+
+    def write(ref: Any) -> None:
+        os.makedirs(os.path.join(ref, "deep"))
+        Path(ref, "deep", "1").write_bytes(b"1")
+        Path(ref, "2").write_bytes(b"2")
+
+    targets = [(at(bucket, "tree/"), bucket / "tree"), (str(tmp_path / "new"), tmp_path / "new")]
+    for url, where in [*targets, (str(tmp_path / "there"), tmp_path / "there")]:
+        call(Output(url), write)
+        assert (where / "deep" / "1").read_bytes() == b"1"
+        assert (where / "2").read_bytes() == b"2"
+    assert (tmp_path / "there" / "old").read_bytes() == b"stays"
+
+
+def test_an_output_that_fails_half_way_takes_back_what_is_new(bucket: Path) -> None:
+    (bucket / "t").mkdir()
+    (bucket / "t" / "a").write_bytes(b"old")
+    (bucket / "t" / "z").mkdir()  # a key that can't become an object: rclone's bucket is a directory tree
+    (bucket / "t" / "z" / "inner").write_bytes(b"")
+
+    def write(ref: Any) -> None:
+        os.mkdir(ref)
+        for name in ("a", "b", "c", "z"):
+            Path(ref, name).write_bytes(b"new")
+
+    with pytest.raises(DataError):
+        call(Output(at(bucket, "t")), write)
+    assert sorted(os.listdir(bucket / "t")) == ["a", "z"]
+
+
+def test_an_output_nothing_was_written_to_is_an_error_that_names_what_is_beside(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"but beside it: x\.npy"):
+        call(Output(tmp_path / "x"), lambda ref: np.save(ref, np.arange(3)))
+    call(Output(tmp_path / "y"), lambda ref: None)  # never looked at: no harm
+    assert os.listdir(tmp_path) == ["flow-cache"]
+
+
+def test_an_output_has_a_path_only_in_a_call_or_a_with_block(tmp_path: Path) -> None:
+    out = Output(tmp_path / "x")
+    with pytest.raises(DataError, match=r"with flow\.Output"):
+        out.path  # noqa: B018
+    with out as path:
+        Path(path).write_bytes(b"1")
+    assert (tmp_path / "x").read_bytes() == b"1"
+    with pytest.raises(ZeroDivisionError), out as path:
+        Path(path).write_bytes(b"2")
+        1 / 0  # noqa: B018
+    assert (tmp_path / "x").read_bytes() == b"1"
+    assert streamed(File(out)) == b"1"
+
+
+def test_a_killed_writer_publishes_nothing_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from flowfn_runtime.data.output import Output
+out = Output(sys.argv[1])
+out.prepare()
+with open(out, "wb") as file:
+    file.write(bytes(1000))
+    file.flush()
+    print(out.path, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    left = killed.stdout.strip()
+    assert os.path.getsize(left) == 1000 and not (tmp_path / "x").exists()
+    with Output(tmp_path / "other") as path:
+        living = os.path.dirname(path)
+        with Output(tmp_path / "third") as third:  # which leaves the living one alone
+            Path(third).write_bytes(b"3")
+        Path(path).write_bytes(b"1")
+        assert not os.path.exists(os.path.dirname(left))
+        assert os.path.isdir(living)
+    assert os.listdir(Path(os.environ["FLOW_CACHE"], "outputs")) == []
+
+
+# -- the store
+
+
+def test_the_same_bytes_are_stored_once_and_keep_their_name(tmp_path: Path, flow_home: Path) -> None:
+    (tmp_path / "data.csv").write_bytes(b"1,2")
+    (tmp_path / "copy.txt").write_bytes(b"1,2")
+    one, two = store.upload(tmp_path / "data.csv"), store.upload(tmp_path / "copy.txt")
+    assert one.url == two.url
+    kept = os.stat(one.url)
+    assert store.upload(tmp_path / "data.csv").url == one.url
+    assert (os.stat(one.url).st_ino, os.stat(one.url).st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+    (tmp_path / "data.csv").unlink()
+    for ref, name in ((one, "data.csv"), (two, "copy.txt")):
+        rebuilt, (noted,) = send(ref)
+        noted.prepare()
+        assert rebuilt.name == os.path.basename(rebuilt.path) == name
+        assert Path(rebuilt).read_bytes() == b"1,2"
+        assert streamed(rebuilt) == b"1,2"
+
+
+def test_a_store_in_a_bucket_checks_what_it_loads(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOW_STORE", at(bucket, "store"))
+    (tmp_path / "x").write_bytes(b"weights")
+    ref = store.upload(tmp_path / "x")
+    assert ref.url.startswith(at(bucket, "store/sha256/"))
+    assert Path(ref).read_bytes() == b"weights"
+    digest = store.put(b"payload")
+    assert store.get(digest) == b"payload"
+    stored = bucket / "store" / "sha256" / digest[:2] / digest
+    stored.write_bytes(b"PAYLOAD")
+    with pytest.raises(DataChanged, match="damaged"):
+        store.get(digest)
+    with pytest.raises(DataNotFound):
+        store.get("0" * 64)
+    with pytest.raises(DataError):
+        store.get("../../etc/passwd")
+    changed = Path(bucket, ref.url.partition("/store/")[2] and "store/" + ref.url.partition("/store/")[2])
+    changed.write_bytes(b"Weights")
+    with pytest.raises(DataChanged, match="damaged"):
+        File._of(ref.url, None, digest=ref._digest).prepare()
+
+
+def test_a_worker_elsewhere_returns_local_files_through_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "result.csv"
+    file.write_bytes(b"1,2")
+    monkeypatch.setenv("FLOW_UPLOAD_LOCAL", "1")
+    payload = pickling.dumps({"result": File(file)})
+    monkeypatch.delenv("FLOW_UPLOAD_LOCAL")
+    file.unlink()
+    value, _ = pickling.loads(bytes(payload.data), payload.buffers)
+    assert streamed(value["result"]) == b"1,2"
+    assert os.path.basename(value["result"].path) == "result.csv"
+
+
+# -- invoke's strings
+
+
+def test_a_staged_path_is_a_string_that_knows_its_url(bucket: Path) -> None:
+    (bucket / "in").mkdir()
+    (bucket / "in" / "x.csv").write_bytes(b"1")
+    for url, kind in ((at(bucket, "in/x.csv"), os.path.isfile), (at(bucket, "in"), os.path.isdir)):
+        path = staged_path(url)
+        assert isinstance(path, str) and type(path) is StagedPath
+        assert path.url == url and kind(path)
+        assert json.dumps(path) == json.dumps(str(path))
+        again = pickle.loads(pickle.dumps(path))
+        assert again == path and again.url == url
+    with pytest.raises(DataNotFound):
+        staged_path(at(bucket, "none"))
