@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from flowfn.future import Future as Future
     from flowfn.map import Map as Map
     from flowfn.pool import shutdown as shutdown
+    from flowfn.references import Dir as Dir
+    from flowfn.references import File as File
+    from flowfn.references import Output as Output
+    from flowfn.references import Partition as Partition
+    from flowfn.references import StagedPath as StagedPath
+    from flowfn.references import files as files
+    from flowfn.references import partitions as partitions
+    from flowfn.references import upload as upload
     from flowfn.shared import Shared as Shared
     from flowfn.shared import put as put
     from flowfn.spec import Retries as Retries
@@ -41,13 +49,7 @@ if TYPE_CHECKING:
     from flowfn.volumes import delete_volume as delete_volume
     from flowfn.volumes import get_volume as get_volume
     from flowfn.volumes import list_volumes as list_volumes
-    from flowfn_runtime.data.partitions import files as files
-    from flowfn_runtime.data.partitions import partitions as partitions
-    from flowfn_runtime.data.references import Dir as Dir
-    from flowfn_runtime.data.references import File as File
-    from flowfn_runtime.data.references import Output as Output
     from flowfn_runtime.data.spec import Mount as Mount
-    from flowfn_runtime.data.store import upload as upload
     from flowfn_runtime.errors import BackendError as BackendError
     from flowfn_runtime.errors import BackendUnavailable as BackendUnavailable
     from flowfn_runtime.errors import CacheFull as CacheFull
@@ -89,15 +91,13 @@ _WHERE = {
     "flowfn.future": ["Future"],
     "flowfn.map": ["Map"],
     "flowfn.pool": ["shutdown"],
+    "flowfn.references": ["Dir", "File", "Output", "Partition", "StagedPath", "files", "partitions", "upload"],
     "flowfn.shared": ["Shared", "put"],
     "flowfn.spec": ["Retries"],
     "flowfn.task": ["Task"],
     "flowfn.taskconfig": ["TaskConfig", "VolumeSpec"],
     "flowfn.volumes": ["Volume", "create_volume", "delete_volume", "get_volume", "list_volumes"],
-    "flowfn_runtime.data.partitions": ["files", "partitions"],
-    "flowfn_runtime.data.references": ["Dir", "File", "Output"],
     "flowfn_runtime.data.spec": ["Mount"],
-    "flowfn_runtime.data.store": ["upload"],
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 _ERRORS = (
@@ -153,6 +153,12 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
+
+    def __reduce__(self) -> Any:
+        # cloudpickle knows plain modules only; functions of scripts refer to this one.
+        from importlib import import_module
+
+        return import_module, (__name__,)
 
 
 sys.modules[__name__].__class__ = _Package
