@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import gzip
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -45,7 +46,8 @@ class Trained:
     model: dict[str, Array]
     reading_s: float
     training_s: float
-    where: str  # process and files, as the function saw them
+    where: str  # the process that ran it
+    paths: str  # what it saw
 
 
 @flow.function(cpu=1, mounts=MOUNTS, timeout=120)
@@ -57,16 +59,17 @@ def train(learning_rate: float, hidden: int = 32, epochs: int = 30) -> Trained:
     read_at = time.perf_counter()
     model = fit(pixels[:split], digits[:split], learning_rate, hidden, epochs)
     accuracy = float(np.mean(predicted(model, pixels[split:]) == digits[split:]))
-    where = f"pid {os.getpid()}, /data holds {', '.join(sorted(os.listdir('/data')))}"
-    return Trained(learning_rate, hidden, accuracy, model, read_at - started, time.perf_counter() - read_at, where)
+    done_at = time.perf_counter()
+    seen = "; ".join(described(Path(target)) for target in MOUNTS)
+    return Trained(learning_rate, hidden, accuracy, model, read_at - started, done_at - read_at, here(), seen)
 
 
 @flow.function(mounts=MOUNTS)
 def keep(best: Trained) -> str:
     """Write the model into the volume."""
     path = Path("/models/best.npz")
-    np.savez(path, **best.model)
-    return f"pid {os.getpid()} wrote {path}, {path.stat().st_size:,} bytes"
+    np.savez(path, **best.model)  # type: ignore[arg-type, unused-ignore]  # numpy's stubs take arrays for options
+    return f"{here()} wrote {path}, {path.stat().st_size:,} bytes"
 
 
 @flow.function(mounts=MOUNTS)
@@ -77,6 +80,17 @@ def recognise(images: Array) -> list[int]:
 
 
 # Ordinary functions: what the decorated ones use goes along with them.
+
+
+def here() -> str:
+    """Which process this is; a sandbox numbers its own."""
+    return f"process {os.getpid()} of a sandbox"
+
+
+def described(folder: Path) -> str:
+    """What is in a folder, and whether it can be written to."""
+    names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing yet"
+    return f"{folder} ({'writable' if os.access(folder, os.W_OK) else 'read-only'}) has {names}"
 
 
 def read(path: Path) -> tuple[Array, npt.NDArray[np.int64]]:
@@ -108,12 +122,14 @@ def fit(
 
 def softmax(scores: Array) -> Array:
     powers: Array = np.exp(scores - scores.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+    shares: Array = powers / powers.sum(1, keepdims=True)
+    return shares
 
 
 def predicted(model: dict[str, Array], pixels: Array) -> npt.NDArray[np.intp]:
-    inner = np.maximum(pixels @ model["w1"] + model["b1"], 0)
-    return np.argmax(inner @ model["w2"] + model["b2"], axis=1)
+    inner: Array = np.maximum(pixels @ model["w1"] + model["b1"], 0)
+    digits: npt.NDArray[np.intp] = np.argmax(inner @ model["w2"] + model["b2"], axis=1)
+    return digits
 
 
 def main() -> None:
@@ -149,27 +165,25 @@ def run(url: str, source: str) -> None:
     heading(2, "One call: train.remote(0.1)")
     first, took = timed(lambda: on_bucket.remote(0.1))
     inside = first.reading_s + first.training_s
-    print(
-        f"   this process:  pid {os.getpid()}, /data here: {'exists' if Path('/data').exists() else 'does not exist'}"
-    )
-    print(f"   the worker:    {first.where}")
-    print(f"   accuracy:      {first.accuracy:.1%} of the digits it had not seen")
-    print(f"   it took:       {took:.2f} s, {inside:.2f} s of it in the function ({first.reading_s:.2f} s reading,")
-    print(f"                  {first.training_s:.2f} s training); in the rest the worker started, and the data were")
-    print(f"                  staged into {paths.cache()}")
+    print(f"   here:        process {os.getpid()}; there is {'a' if Path('/data').exists() else 'no'} /data")
+    print(f"   it ran in:   {first.where}; {first.paths}")
+    print(f"   accuracy:    {first.accuracy:.1%} of the digits it had not seen")
+    print(f"   time:        {took:.2f} s, {inside:.2f} s of it in the function ({first.reading_s:.2f} s reading,")
+    print(f"                {first.training_s:.2f} s training); in the rest the worker started, and the bucket was")
+    print(f"                staged into {paths.cache()}")
     again, took = timed(lambda: on_bucket.remote(0.1))
     inside = again.reading_s + again.training_s
-    print(f"   once more:     {took:.2f} s, {inside:.2f} s of it in the function: no download, the worker is warm")
+    print(f"   once more:   {took:.2f} s, {inside:.2f} s of it in the function: no download, the worker is warm")
 
-    heading(3, "A sweep: train.starmap(...), streamed in order, on all the workers at once")
-    grid = [(rate, hidden) for rate in (0.03, 0.1, 0.3, 1.0) for hidden in (8, 32, 64)]
-    sweep, took = timed(lambda: list(on_bucket.starmap(grid)))
+    heading(3, "A sweep: train.map(...), streamed in order, on all the workers at once")
+    rates, sizes = zip(*itertools.product((0.03, 0.1, 0.3, 1.0), (8, 32, 64)), strict=True)
+    sweep, took = timed(lambda: list(on_bucket.map(rates, sizes)))
     for rate in sorted({result.learning_rate for result in sweep}):
         row = [f"{r.hidden:3d} hidden {r.accuracy:.1%}" for r in sweep if r.learning_rate == rate]
         print(f"   learning rate {rate:<4}  {'   '.join(row)}")
     inside = sum(result.reading_s + result.training_s for result in sweep)
-    pids = sorted({result.where.partition(",")[0] for result in sweep})
-    print(f"   {len(sweep)} calls by {len(pids)} workers ({', '.join(pids)}): {took:.2f} s for {inside:.2f} s of work")
+    workers = len({result.where for result in sweep})
+    print(f"   {len(sweep)} calls on {workers} workers: {took:.2f} s for {inside:.2f} s of work")
     best = max(sweep, key=lambda result: result.accuracy)
 
     heading(4, "Futures: train.spawn(...), awaited")
@@ -184,6 +198,7 @@ def run(url: str, source: str) -> None:
     pixels, digits = read(HERE / "data" / "digits.csv.gz")
     sample = slice(-12, None)
     answer = recognise.options(mounts=mounts).remote(pixels[sample])
+    print(f"   into {flow.get_volume('flowfn-quickstart').path}")
     print(f"   recognised: {' '.join(map(str, answer))}")
     print(f"   written:    {' '.join(map(str, digits[sample]))}")
 

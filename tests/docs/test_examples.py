@@ -56,7 +56,8 @@ def test_the_quickstart_tells_what_happened_where(tmp_path: Path) -> None:
     text = run("quickstart.py", tmp_path)
     for word in (
         "s3://flowfn-quickstart/digits",
-        "/data holds digits.csv.gz",
+        "/data (read-only) has digits.csv.gz",
+        "/models (writable)",
         "/models/best.npz",
         "accuracy",
         "staged",
