@@ -295,6 +295,7 @@ def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:
             outcome = execute(call, pool)
         except BaseException as error:
             outcome = Outcome(error=error)
+        del call.payload  # the future may be kept for long, and need not keep the arguments
         future._finish(outcome)
 
     pool.run_later(job)
@@ -368,7 +369,7 @@ def function(function: Any = None, /, **options: Any) -> Any:
     - `retries`: how often a failed call is tried again, or `flow.Retries(...)`.
     - `image`: what the function runs in, on backends that have images.
     - `max_workers`: how many calls run at a time; default: as many as there are GPU slots, or cores.
-    - `idle_timeout`: seconds after which an idle worker ends; default 300.
+    - `idle_timeout`: seconds after which an idle worker ends; default 300, or 60 for one that holds GPUs.
     - `backend`: where to run: `"local"`, another backend's name or URL, or a Backend; default: `FLOW_BACKEND`, the
       configuration, `"local"`.
     - `name`: for logs and listings; default: the function's own.

@@ -434,6 +434,7 @@ class Courier:
         self.worker = None
         with run.lock:
             run.active.pop(worker, None)
+        worker.ahead = 0
         try:
             worker.stream.send(wire.END)
         except EOFError:
@@ -465,6 +466,7 @@ class Courier:
         except calls.TYPE_ERRORS as error:
             self.lost(error)
             return
+        worker.ahead = wire.AHEAD
         if len(self.chunks) == 1:
             self.watch(0.0, silent=True)
         with run.lock:

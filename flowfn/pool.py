@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flowfn.spec import FunctionSpec
 
 IDLE_TIMEOUT_S = 300.0
+IDLE_TIMEOUT_GPU_S = 60.0  # others may wait for the GPU
 
 
 class Load(NamedTuple):
@@ -58,7 +59,8 @@ class Pool:
         self.backend = backend
         self.spec = spec
         self.max_workers = spec.max_workers or backend.slots(spec)
-        self.idle_timeout = IDLE_TIMEOUT_S if spec.idle_timeout is None else spec.idle_timeout
+        usual = IDLE_TIMEOUT_GPU_S if spec.gpu else IDLE_TIMEOUT_S
+        self.idle_timeout = usual if spec.idle_timeout is None else spec.idle_timeout
         self.closed = False
         self._lock = threading.Lock()
         self._idle: list[Worker] = []  # the last is the one used last

@@ -60,13 +60,13 @@ class Shared(Generic[T]):
                 return
         self._payload = Payload(bytes(payload.data), [bytes(b) for b in payload.buffers], payload.references)
 
-    def send(self, stream: wire.Stream) -> None:
+    def send(self, stream: wire.Stream, flags: int) -> None:
         """Send the object to a worker that does not have it."""
         meta = self.key.encode()
         if self._segment is not None and stream.arena is not None:
-            stream.send_shared(wire.OBJECT, meta, self._segment, self._entries)
+            stream.send_shared(wire.OBJECT, flags, meta, self._segment, self._entries)
         else:
-            stream.send(wire.OBJECT, meta=meta, body=self._payload.data, buffers=self._payload.buffers)
+            stream.send(wire.OBJECT, flags=flags, meta=meta, body=self._payload.data, buffers=self._payload.buffers)
 
     def on_drop(self, worker: Worker) -> None:
         """When this reference is gone, the worker need not keep the object."""

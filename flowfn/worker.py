@@ -25,6 +25,7 @@ class Worker:
         self.stream = connection.stream
         self.broken = False
         self.idle_since = 0.0
+        self.ahead = 0  # wire.AHEAD while the worker reads ahead: what is sent meanwhile must not end that
         self.host = ""
         self.pid = 0
         self._functions: dict[Any, int] = {}
@@ -76,14 +77,16 @@ class Worker:
             number = self._functions[key] = len(self._functions) + 1
             meta = json.dumps({"kwargs": shared.key}).encode() if shared else b""
             payload = version.payload
-            self.stream.send(wire.FUNCTION, arg=number, meta=meta, body=payload.data, buffers=payload.buffers)
+            self.stream.send(
+                wire.FUNCTION, arg=number, flags=self.ahead, meta=meta, body=payload.data, buffers=payload.buffers
+            )
         return number
 
     def give(self, shared: Shared) -> None:
         """See that the worker has a shared object. It travels once."""
         if shared.key not in self._objects:
             self._objects.add(shared.key)
-            shared.send(self.stream)
+            shared.send(self.stream, self.ahead)
             shared.on_drop(self)
 
     def drop(self, key: str) -> None:
@@ -95,7 +98,7 @@ class Worker:
         while self._drops:
             key = self._drops.pop()
             self._objects.discard(key)
-            self.stream.send(wire.DROP, meta=key.encode())
+            self.stream.send(wire.DROP, flags=self.ahead, meta=key.encode())
 
     def kill(self) -> None:
         """End the worker's process tree. Whoever talks to it sees its stream end."""

@@ -162,11 +162,13 @@ class Stream:
             if sent:
                 views[start] = views[start][sent:]
 
-    def send_shared(self, kind: int, meta: bytes, segment: Segment, entries: Sequence[tuple[int, int]]) -> None:
+    def send_shared(
+        self, kind: int, flags: int, meta: bytes, segment: Segment, entries: Sequence[tuple[int, int]]
+    ) -> None:
         """Send a frame whose body and buffers lie in a segment that other workers get as well."""
         assert self.arena is not None
         segment.send_to(self.arena.side)
-        self._write(kind, BODY_SHARED, 0, 0, segment.number, meta, b"", entries, ())
+        self._write(kind, flags | BODY_SHARED, 0, 0, segment.number, meta, b"", entries, ())
 
     def _send_released(self) -> None:
         """Tell the other side which of its segments are free again."""
