@@ -30,8 +30,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowfn_runtime import paths
-from flowfn_runtime.data import transfer
-from flowfn_runtime.data.locks import NamedLocks, lease
+from flowfn_runtime.data import crew
+from flowfn_runtime.data.depot import Depot, ObjectJob
+from flowfn_runtime.data.locks import lease
 from flowfn_runtime.data.model import Listing, Object, Progress
 from flowfn_runtime.data.room import Room
 from flowfn_runtime.data.sources import Source, page_hints
@@ -115,14 +116,15 @@ class Cache:
         digest = _digest(listing, tree, names, mount_points)
         if snapshot := self._lease(digest, listing):
             return snapshot
-        locks = NamedLocks(os.path.join(self.root, "locks"))
+        folder = os.path.join(self.root, "building", os.urandom(12).hex())
+        depot = Depot(self.root, os.path.join(folder, "arrivals"), listing.url)
         try:
             # Whoever else wants this very snapshot waits here, and then finds it.
-            locks.wait(digest)
+            depot.locks.wait(digest)
             if snapshot := self._lease(digest, listing):
                 return snapshot
             for again in (True, False):
-                build = _Build(self, source, listing, tree, names, mount_points, locks, progress)
+                build = _Build(self, source, listing, tree, names, mount_points, depot, folder, progress)
                 try:
                     built = build.run(digest)
                     break
@@ -137,7 +139,7 @@ class Cache:
                     build.undo(fetched_too=False)
                     raise
         finally:
-            locks.close()
+            depot.close()
         self._remember(source, listing)
         return built
 
@@ -202,22 +204,22 @@ class _Build:
         tree: Tree,
         names: list[str],
         mount_points: list[str],
-        locks: NamedLocks,
+        depot: Depot,
+        folder: str,
         progress: Tell | None,
     ) -> None:
         self.root = cache.root
         self.room = cache.room
         self.source = source
         self.listing = listing
-        self.locks = locks
         self.names = names
         self.plan = tree
         self.mount_points = mount_points
+        self.depot = depot
+        self.folder = folder
         self.progress = progress
-        self.folder = os.path.join(cache.root, "building", os.urandom(12).hex())
-        self.tree = os.path.join(self.folder, "tree")
+        self.tree = os.path.join(folder, "tree")
         self.lease_fd = -1
-        self.deferred: list[_ObjectJob] = []
         self.fetched: list[str] = []
         self.missing_bytes = 0
 
@@ -225,22 +227,24 @@ class _Build:
         self.room.sweep()
         self.lease_fd = self._own_folder()
         os.mkdir(self.tree)
+        os.mkdir(self.depot.arrivals)
         for name in self.plan.directories:
             os.mkdir(os.path.join(self.tree, name))
         for name in self.mount_points:
             os.makedirs(os.path.join(self.tree, name), exist_ok=True)
-        jobs = [
-            job
-            for (path, object), name in zip(self.plan.files, self.names, strict=True)
-            if not (job := _ObjectJob(self, object, name, f"{self.tree}/{path}")).linked()
-        ]
-        self.missing_bytes = sum(job.object.size or 0 for job in jobs)
+        missing: dict[str, ObjectJob] = {}  # by path
+        for (path, object), name in zip(self.plan.files, self.names, strict=True):
+            job = ObjectJob(self.depot, object, name)
+            if not job.place(f"{self.tree}/{path}"):
+                missing[path] = job
+        self.missing_bytes = sum(job.object.size or 0 for job in missing.values())
         count = 0
-        if jobs:
-            for shard in {job.name[:2] for job in jobs}:
+        if missing:
+            for shard in {job.name[:2] for job in missing.values()}:
                 os.makedirs(os.path.join(self.root, "objects", shard), mode=0o700, exist_ok=True)
             self.room.require(redact(self.listing.url), self.missing_bytes)
-            count = self._fetch(jobs)
+            count = self._fetch(missing)
+        shutil.rmtree(self.depot.arrivals)
         return self._finish(digest, count)
 
     def _own_folder(self) -> int:
@@ -254,17 +258,18 @@ class _Build:
             if fd is not None:
                 return fd
 
-    def _fetch(self, jobs: list[_ObjectJob]) -> int:
+    def _fetch(self, missing: dict[str, ObjectJob]) -> int:
         count = 0
-        while jobs:
-            self.deferred = []
-            count += transfer.fetch(self.source, jobs, progress=self.progress)
+        while missing:
+            depot = self.depot
+            depot.deferred = []
+            self.fetched += [job.name for job in missing.values()]
+            count += crew.fetch(depot, self.source, list(missing.values()), progress=self.progress)
             # Other processes are fetching these: wait for each, then take what they made (or make it, if they failed).
-            jobs = self.deferred
-            for job in jobs:
-                self.locks.wait(job.name)
-                self.locks.release(job.name)
-            jobs = [job for job in jobs if not job.linked()]
+            for job in depot.deferred:
+                depot.locks.wait(job.name)
+                depot.locks.release(job.name)
+            missing = {path: job for path, job in missing.items() if not job.place(f"{self.tree}/{path}")}
         return count
 
     def _finish(self, digest: str, fetched: int) -> Snapshot:
@@ -296,82 +301,6 @@ class _Build:
             self.lease_fd = -1
         if fetched_too:
             self.room.drop_objects(self.fetched)
-
-
-class _ObjectJob:
-    """One object of a build: linked if the cache has it, fetched if not, left to whoever is fetching it already."""
-
-    __slots__ = ("build", "name", "object", "path")
-
-    def __init__(self, build: _Build, object: Object, name: str, path: str) -> None:
-        self.build = build
-        self.object = object
-        self.name = name
-        self.path = path
-
-    @property
-    def stored(self) -> str:
-        return f"{self.build.root}/objects/{self.name[:2]}/{self.name}"
-
-    def linked(self) -> bool:
-        """Put the cache's copy into the tree. False if it has none."""
-        try:
-            os.link(self.stored, self.path)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            if error.errno == errno.EMLINK:  # empty files can be the same everywhere; ext4 stops at 65,000 links
-                shutil.copy2(self.stored, self.path)
-                return True
-            raise _local(error, self) from error
-        return True
-
-    def begin(self) -> int | None:
-        if not self.build.locks.take(self.name):
-            self.build.deferred.append(self)
-            return None
-        try:
-            if self.linked():
-                self.build.locks.release(self.name)
-                return None
-            # Straight into the tree, which nobody sees yet. The mode is for those who open it later.
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
-        except OSError as error:
-            self.build.locks.release(self.name)
-            raise _local(error, self) from error
-
-    def complete(self, fd: int) -> None:
-        try:
-            if self.object.modified is not None:
-                os.utime(fd, (self.object.modified, self.object.modified))
-            os.close(fd)
-            try:
-                os.link(self.path, self.stored)
-            except FileExistsError:
-                pass
-            self.build.fetched.append(self.name)
-        finally:
-            self.build.locks.release(self.name)
-
-    def abandon(self, fd: int) -> None:
-        os.close(fd)
-        try:
-            os.unlink(self.path)
-        except OSError:
-            pass
-        self.build.locks.release(self.name)
-
-
-def _local(error: OSError, job: _ObjectJob) -> OSError:
-    """The file system's objection to a name, with the key it came from."""
-    if error.errno in (errno.EEXIST, errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ):
-        url = redact(job.build.source.object_url(job.object.key))
-        return DataError(
-            f"{url} can't be a file of the cache in {job.build.root}: {error.strerror}.",
-            url=url,
-            hint="Does its filesystem tell upper case from lower? Put FLOW_CACHE on one that does.",
-        )
-    return error
 
 
 # -- names and records -------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class FsspecSource:
     """A file or directory of an fsspec filesystem."""
 
     ranges = True
+    recipe: tuple[Any, ...] | None = None
 
     def __init__(self, url: str, options: Mapping[str, Any], env: Mapping[str, str]) -> None:
         from flowfn_runtime.data import access

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import struct
+import sys
 
 # Locks of the open file, not of the process: threads exclude each other too. Where the system has none (macOS), those
 # of the process do: two threads may then do the same work twice, never wrong.
@@ -49,7 +50,7 @@ class NamedLocks:
 
     def _set(self, command: int, kind: int, name: str) -> None:
         byte = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 2
-        if os.uname().sysname == "Darwin":
+        if sys.platform == "darwin":
             request = struct.pack("@qqihh", byte, 1, 0, kind, os.SEEK_SET)
         else:
             request = struct.pack("@hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)

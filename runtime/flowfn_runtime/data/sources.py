@@ -27,6 +27,7 @@ class Source(Protocol):
 
     url: str
     identity: str  # tells this store from every other one, for the cache; no credentials in it
+    recipe: tuple[Any, ...] | None  # what `open_source` makes it of, in another process too
     ranges: bool  # whether `fetch` can begin elsewhere than at 0
 
     def listing(self, *, hints: Sequence[str] = ()) -> Listing:
@@ -47,22 +48,28 @@ class Source(Protocol):
 
 def open_source(url: str, options: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> Source:
     """The source at `url`. `options` as fsspec names them; `env` goes over the process's environment."""
+    source = _open(url, options or {}, environment(env))
+    source.recipe = (url, dict(options or {}), dict(env or {}))
+    return source
+
+
+def _open(url: str, options: Mapping[str, Any], env: Mapping[str, str]) -> Source:
     scheme = scheme_of(url)
-    effective = environment(env)
     if scheme in ("s3", "s3a"):
         bucket, _, key = url.partition("://")[2].partition("/")
-        return S3Source(S3(bucket, s3_settings(options or {}, effective)), key)
+        return S3Source(S3(bucket, s3_settings(options, env)), key)
     if scheme in ("http", "https"):
-        return HttpSource(url, options or {}, effective)
+        return HttpSource(url, options, env)
     from flowfn_runtime.data.fsspec_source import FsspecSource
 
-    return FsspecSource(url, options or {}, effective)
+    return FsspecSource(url, options, env)
 
 
 class S3Source:
     """`s3://bucket/key-or-prefix`."""
 
     ranges = True
+    recipe: tuple[Any, ...] | None = None
 
     def __init__(self, client: S3, key: str) -> None:
         self.client = client
@@ -176,6 +183,8 @@ def page_hints(objects: Sequence[Object]) -> list[str]:
 
 class HttpSource:
     """`http://` and `https://`: one file. Redirects are followed once, when it is looked at."""
+
+    recipe: tuple[Any, ...] | None = None
 
     def __init__(self, url: str, options: Mapping[str, Any], env: Mapping[str, str]) -> None:
         self.url = url

@@ -26,11 +26,13 @@ from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 PART_BYTES = 8 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
 WHOLE_BYTES = 16 << 20
-_FIRST_THREADS = 4
 _MOST_THREADS = 64
 _LOOK_EVERY_S = 0.02
-# How much of a processor the process may keep busy and still be thought to be waiting for the network.
-_IDLE_BELOW = 1.2
+# How much of a processor this process may keep busy and still be thought to be waiting for the network. Small objects
+# are the interpreter's work, of which there is one; large ones are the kernel's, which has all processors.
+_SMALL_BYTES = 1 << 20
+_IDLE_BELOW_SMALL, _FIRST_THREADS_SMALL = 0.6, 1
+_IDLE_BELOW_LARGE, _FIRST_THREADS_LARGE = 1.5, 4
 _REPORT_EVERY_S = 0.1
 
 
@@ -85,13 +87,16 @@ class _Fetch:
         self.report = _Report(source.url, self.waiting, progress)
         self.threads = 0
         self.looked = (time.monotonic(), time.process_time())
+        mean = sum(job.object.size or 0 for job in self.waiting) / max(1, len(self.waiting))
+        small = mean < _SMALL_BYTES
+        self.idle_below = _IDLE_BELOW_SMALL if small else _IDLE_BELOW_LARGE
+        self.first_threads = _FIRST_THREADS_SMALL if small else _FIRST_THREADS_LARGE
 
     def run(self) -> int:
         if not self.waiting:
             return 0
         try:
-            for _ in range(min(_FIRST_THREADS, max(len(self.waiting), self._most_parts()))):
-                self._start()
+            self._start(min(self.first_threads, max(len(self.waiting), self._most_parts())))
             with self.lock:
                 while self.running:
                     self.lock.wait()
@@ -113,11 +118,23 @@ class _Fetch:
     def _most_parts(self) -> int:
         return max((object.object.size or 0) for object in self.waiting) // PART_BYTES
 
-    def _start(self) -> None:
+    def _start(self, count: int) -> None:
         with self.lock:
-            self.threads += 1
-            self.running += 1
-        threading.Thread(target=self._work, name="flowfn-transfer", daemon=True).start()
+            self.threads += count
+            self.running += count
+        self._launch(count)
+
+    def _launch(self, count: int) -> None:
+        for started in range(count):
+            try:
+                threading.Thread(target=self._work, name="flowfn-transfer", daemon=True).start()
+            except RuntimeError:  # the account may have no more threads: get on with those that run
+                with self.lock:
+                    self.running -= count - started
+                    self.threads -= count - started
+                    if not self.running:
+                        raise
+                return
 
     def _stop(self, failure: BaseException) -> None:
         with self.lock:
@@ -164,11 +181,12 @@ class _Fetch:
                 return
             used = time.process_time()
             self.looked = (now, used)
-            idle = used - used_then < _IDLE_BELOW * (now - then)
+            idle = used - used_then < self.idle_below * (now - then)
             wanted = min(2 * self.threads, _MOST_THREADS, self.threads + len(self.waiting) + len(self.parts))
-            more = wanted - self.threads if idle else 0
-        for _ in range(more):
-            self._start()
+            more = max(0, wanted - self.threads) if idle else 0
+            self.threads += more
+            self.running += more
+        self._launch(more)
 
     # -- one object ----------------------------------------------------------------------------------------------------
 
