@@ -104,6 +104,8 @@ def test_in_a_task_the_mounts_are_meant(
     assert (whole / "deeper").read_bytes() == b"c"
     assert (part / "b").read_bytes() == b"b"
     assert fs.ls("", detail=False) == ["models"]
+    with pytest.raises(DataNotFound, match=r"not mounted here\n.*mounts="):
+        fs.pipe_file("volume://elsewhere/x", b"lost")
     assert not flow_home.exists()
 
 

@@ -1,7 +1,8 @@
 """`volume://name/path` as an fsspec filesystem, so that pandas, pyarrow and `flow.File` read and write volumes.
 
 In a task or worker that has the volume mounted, paths resolve to the mount; elsewhere to the volume's directory on this
-host. `FLOW_MOUNTS` says what is mounted: a JSON object of source URL to target, `{"volume://models": "/models"}`.
+host. `FLOW_MOUNTS` says what is mounted: a JSON object of source URL to target, `{"volume://models": "/models"}`. Where
+it is set, the process has a filesystem of its own, and only what is mounted there can be reached.
 
 Writing to a name that has no volume yet makes one, as mounting it does; reading does not.
 """
@@ -79,6 +80,13 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
                 best, target = prefix, where
         if best:
             return target, whole[len(best) :].lstrip("/")
+        if MOUNTS in os.environ:
+            # This process has a filesystem of its own. A volume made here would be gone with it.
+            raise DataNotFound(
+                f"volume://{name} is not mounted here",
+                url=f"volume://{name}",
+                hint=f'mount it: mounts={{"/volumes/{name}": "volume://{name}"}}',
+            )
         project = self.project or volumes.current_project()
         try:
             if create and not volumes.is_id(name):
@@ -100,8 +108,9 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
         clean = self._strip_protocol(path)
         found: list[dict[str, Any]]
         if not clean:
-            labels = {volume.label for volume in volumes.list_volumes(self.project or volumes.current_project())}
-            labels |= {self._strip_protocol(source).partition("/")[0] for source in _mounted()}
+            labels = {self._strip_protocol(source).partition("/")[0] for source in _mounted()}
+            if MOUNTS not in os.environ:
+                labels = {volume.label for volume in volumes.list_volumes(self.project or volumes.current_project())}
             found = [{"name": label, "size": 0, "type": "directory"} for label in sorted(labels)]
         else:
             local = self.local_path(clean)
