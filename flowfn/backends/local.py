@@ -244,6 +244,11 @@ class LocalBackend(Backend):
         self._lock = threading.Lock()
 
     def connect(self, spec: FunctionSpec) -> Connection:
+        if spec.image is not None:
+            raise BackendUnavailable(
+                f"image={spec.image!r}: the local backend runs functions in this Python's own environment",
+                hint='leave image= out, or choose a backend that has images, such as backend="container"',
+            )
         env = spec.environment(os.environ)
         request: dict[str, Any] = {}
         if spec.memory:
