@@ -257,13 +257,21 @@ class Function(Generic[P, R]):
         return method
 
     def __reduce__(self) -> Any:
+        from flowfn.backends.base import Backend
+
         if not self._bound and (name := bodies_here.importable(self)):
             return bodies.handle_by_name, name
-        state = {"__flow_wrapped__": self.__flow_wrapped__, "spec": self.spec, "name": self.name, "_bound": self._bound}
+        spec = self.spec
+        if isinstance(spec.backend, Backend):
+            spec = spec.replace(backend=spec.backend.name)  # the object holds this process's connections
+        # The spec as bytes: where only the runtime is installed it can't be unpickled, and is not needed.
+        packed = bytes(pickling.dumps(spec, in_band=True).data)
+        state = {"__flow_wrapped__": self.__flow_wrapped__, "spec": packed, "name": self.name, "_bound": self._bound}
         return bodies.new_handle, ("flowfn.function", type(self).__name__), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.spec = pickling.loads(state["spec"])[0]
         self.__wrapped__ = self.__flow_wrapped__
         self._set_up()
 

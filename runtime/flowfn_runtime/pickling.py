@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None)})
 _PLAIN_CONTAINERS = frozenset({tuple, list, dict})
 _SMALL = 32  # containers longer than this are not looked into
+_DEPTH = 5  # nor those nested deeper than this, or within themselves
 OUT_OF_BAND_BYTES = 1 << 16  # bytes objects from this size on go out of band
 
 
@@ -65,24 +66,27 @@ def shared_object(key: str) -> Any:
     return objects[key]
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: Any, depth: int = _DEPTH) -> bool:
     """Whether pickle alone gives what cloudpickle would: plain values, and small containers of plain values."""
     kind = type(value)
     if kind in PLAIN:
         return True
-    if kind not in _PLAIN_CONTAINERS or len(value) > _SMALL:
+    if kind not in _PLAIN_CONTAINERS or len(value) > _SMALL or not depth:
         return False
     if kind is dict:
-        return PLAIN.issuperset(map(type, value)) and all(map(is_plain, value.values()))
-    return all(map(is_plain, value))
+        if not PLAIN.issuperset(map(type, value)):
+            return False
+        value = value.values()
+    return all([type(item) in PLAIN or is_plain(item, depth - 1) for item in value])
 
 
-def _is_big_bytes(value: Any) -> bool:
-    return type(value) is bytes and len(value) >= OUT_OF_BAND_BYTES
+def dumps(value: Any, *, in_band: bool = False) -> Payload:
+    """Pickle any value. Raises SerializationError, naming the attribute path of what can't be pickled.
 
-
-def dumps(value: Any) -> Payload:
-    """Pickle any value. Raises SerializationError, naming the attribute path of what can't be pickled."""
+    `in_band`: with no buffers beside the pickle.
+    """
+    if in_band:
+        return _dumps_general(value, in_band=True)
     if is_plain(value):
         if _has_big_bytes(value):
             return _dumps_general(value)
@@ -90,22 +94,23 @@ def dumps(value: Any) -> Payload:
     return _dumps_general(value)
 
 
-def _has_big_bytes(value: Any) -> bool:
+def _has_big_bytes(value: Any, depth: int = _DEPTH) -> bool:
     kind = type(value)
     if kind is bytes:
         return len(value) >= OUT_OF_BAND_BYTES
-    if kind is dict:
-        return any(map(_has_big_bytes, value.values()))
-    return kind in _PLAIN_CONTAINERS and any(map(_has_big_bytes, value))
+    if kind not in _PLAIN_CONTAINERS or len(value) > _SMALL or not depth:
+        return False
+    return any([_has_big_bytes(item, depth - 1) for item in (value.values() if kind is dict else value)])
 
 
-def _dumps_general(value: Any) -> Payload:
+def _dumps_general(value: Any, *, in_band: bool = False) -> Payload:
     buffers: list[Any] = []
     references: list[Any] = []
     before, _noted.sink = _noted.sink, references
     try:
         stream = io.BytesIO()
-        _pickler_class()(stream, 5, buffer_callback=_collect(buffers)).dump(_with_big_bytes(value))
+        collect = (lambda _: True) if in_band else _collect(buffers)
+        _pickler_class()(stream, 5, buffer_callback=collect).dump(value if in_band else _with_big_bytes(value, {}))
         return Payload(stream.getbuffer(), buffers, references)
     except Exception as error:
         raise explain(value, error) from error
@@ -155,18 +160,29 @@ class _Bytes:
         return bytes, (pickle.PickleBuffer(self.value),)
 
 
-def _with_big_bytes(value: Any) -> Any:
-    """The value with `_Bytes` for big bytes objects in its (small) outer containers."""
-    kind = type(value)
-    if kind is bytes:
-        return _Bytes(value) if len(value) >= OUT_OF_BAND_BYTES else value
-    if kind in _PLAIN_CONTAINERS and len(value) <= _SMALL:
-        items = value.values() if kind is dict else value
-        if any(map(_is_big_bytes, items)) or any(type(item) in _PLAIN_CONTAINERS for item in items):
-            if kind is dict:
-                return {key: _with_big_bytes(item) for key, item in value.items()}
-            return kind(map(_with_big_bytes, value))
-    return value
+def _with_big_bytes(value: Any, memo: dict[int, Any], depth: int = _DEPTH) -> Any:
+    """The value with `_Bytes` for big bytes objects in its (small) outer containers.
+
+    Containers without any stay themselves, and `memo` has the others replaced once: what is the same object in the
+    value is so in the copy.
+    """
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if not _has_big_bytes(value, depth):
+        return value
+    copy: Any
+    if type(value) is bytes:
+        copy = memo[id(value)] = _Bytes(value)
+    elif type(value) is dict:
+        copy = memo[id(value)] = {}
+        copy.update((key, _with_big_bytes(item, memo, depth - 1)) for key, item in value.items())
+    elif type(value) is list:
+        copy = memo[id(value)] = []
+        copy.extend(_with_big_bytes(item, memo, depth - 1) for item in value)
+    else:
+        copy = memo[id(value)] = tuple([_with_big_bytes(item, memo, depth - 1) for item in value])
+    return copy
 
 
 _pickler: type[pickle.Pickler] | None = None

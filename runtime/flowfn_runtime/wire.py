@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 PROTOCOL = 1
 MAGIC = b"fN"
-HEAD = struct.Struct("<2sBBIIIHHIQI")  # magic kind flags call arg segment buffers - meta body crc
+HEAD = struct.Struct("<2sBBIIIIIQI")  # magic kind flags call arg segment buffers meta body crc
 ENTRY = struct.Struct("<QQ")
 READ_BYTES = 1 << 16
 IOV_MAX = 512
 INLINE_BYTES = 1 << 16  # parts smaller than this are joined into one write
 
 # kinds, client to worker
-HELLO, FUNCTION, CALL, BATCH, CREDIT, CLOSE, RECALL, END, OBJECT, DROP, STAGE = range(1, 12)
+HELLO, FUNCTION, CALL, BATCH, CREDIT, CLOSE, RECALL, END, OBJECT, DROP, STAGE, SETUP = range(1, 13)
 # kinds, worker to client (HELLO both ways)
 LOG, BEGIN, YIELD, PART, RESULT, ERROR, STREAM, NEWS = range(32, 40)
 # either way
@@ -127,9 +127,7 @@ class Stream:
         entries: Sequence[tuple[int, int]],
         inline: Sequence[Any],
     ) -> None:
-        if len(entries) > 0xFFFF:
-            raise ProtocolError(f"{len(entries)} buffers in one frame, and {0xFFFF} are the most")
-        head = HEAD.pack(MAGIC, kind, flags, call, arg, segment, len(entries), 0, len(meta), len(body), 0)[:-4]
+        head = HEAD.pack(MAGIC, kind, flags, call, arg, segment, len(entries), len(meta), len(body), 0)[:-4]
         head += zlib.crc32(head).to_bytes(4, "little")
         if entries:
             head += b"".join([ENTRY.pack(*entry) for entry in entries])
@@ -198,7 +196,7 @@ class Stream:
         while len(data) < HEAD.size:
             more = self._read()
             data = data + more if data else more
-        magic, kind, flags, call, arg, segment, count, _, meta_size, body_size, crc = HEAD.unpack_from(data)
+        magic, kind, flags, call, arg, segment, count, meta_size, body_size, crc = HEAD.unpack_from(data)
         if magic != MAGIC or zlib.crc32(data[: HEAD.size - 4]) != crc:
             raise ProtocolError(f"the stream carried something that is no frame: {bytes(data[:48])!r}")
         end = HEAD.size + meta_size + body_size
@@ -218,7 +216,9 @@ class Stream:
             view = self.mapped.view(segment)
         for length, where in ENTRY.iter_unpack(table):
             if not where:
-                buffers.append(self._take(length))
+                taken = self._take(length)
+                # Arrays made of it are their owner's to change, however small they are.
+                buffers.append(bytearray(taken) if type(taken) is bytes else taken)
             elif view is None or where - 1 + length > len(view):
                 raise ProtocolError("a frame names shared memory that is not there")
             else:
