@@ -1,0 +1,42 @@
+"""The contract of a backend as a test suite, for the backends of flowfn and for those of others.
+
+```python
+import pytest
+from flowfn.testing import BackendContract
+
+class TestMine(BackendContract):
+    unsupported = {"gpu", "volumes"}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls):
+        with started_cluster() as cluster:
+            yield MyBackend(cluster.url)
+```
+
+Every case runs real calls on the backend. What it says it can't do (`unsupported`, see `FEATURES`) it must refuse
+clearly; the cases that need it are skipped. docs/backends.md says more.
+"""
+
+from __future__ import annotations
+
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError("flowfn.testing needs pytest: pip install pytest") from error
+
+for _name in ("base", "calls"):
+    pytest.register_assert_rewrite(f"flowfn.testing.{_name}")
+
+from .base import FEATURES, Contract, Meeting, needs  # noqa: E402
+from .calls import Generators, Identity, Kinds, Values  # noqa: E402
+
+__all__ = ["FEATURES", "BackendContract", "Contract", "Meeting", "needs"]
+
+
+class BackendContract(Generators, Kinds, Values, Identity):
+    """All cases. Subclass it in a test module, and define a fixture `backend`.
+
+    Attributes to override: `unsupported`, `gpus`, `address`. Fixtures to override: `backend`, and `scratch` if workers
+    don't see this machine's temporary directory.
+    """
