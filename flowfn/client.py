@@ -343,7 +343,7 @@ def config_of(task: TaskConfig | str | list[str] | os.PathLike[str], **fields: A
             return task
         given = {name: getattr(task, name) for name in task.model_fields_set}
         return TaskConfig(**{**given, **fields})
-    if is_job_file(task):
+    if not isinstance(task, list) and is_job_file(task):
         return TaskConfig(**{**read_yaml(task), **fields})
     if not isinstance(task, (str, list)):
         raise ValidationError(f"run takes a TaskConfig, a command or a job file (.yaml), not {task!r}")

@@ -140,7 +140,8 @@ class Supervisor:
                 started_at=self._started_at,
                 attempts=self._attempts,
             )
-        except FlowError as error:
+            taskdir.mark_started(self.directory)
+        except (FlowError, OSError) as error:
             print(f"flow: {error}", file=sys.stderr)  # the task runs all the same; its outcome will say so
         return self._watch(pids, None if not limit else time.monotonic() + limit)
 

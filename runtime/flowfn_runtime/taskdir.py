@@ -3,6 +3,7 @@
 ```
 lock          held by the task's supervisor as long as it lives; the kernel lets go when it dies
 pid           the supervisor's process id
+started       there once its command was started
 tree          held by every process of the task's sandboxes
 spec.json     what was submitted, without the values of env and without credentials
 0.out 0.err   what node 0 wrote to stdout and stderr; 1.out, 1.err, ... of further nodes
@@ -89,6 +90,11 @@ def write_pid(directory: str) -> None:
     fd = os.open(os.path.join(directory, "pid"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     os.write(fd, str(os.getpid()).encode())
     os.close(fd)
+
+
+def mark_started(directory: str) -> None:
+    """Wake those who watch the directory: the register says by now that the task runs."""
+    os.close(os.open(os.path.join(directory, "started"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def write_json(directory: str, name: str, value: dict[str, Any]) -> None:
