@@ -34,6 +34,7 @@ CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
 EXIT_MARK = "flowfn-exit: "
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
+HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a socket's other end may close one half
 
 
 class Child:
@@ -72,7 +73,8 @@ class Host:
             code = 70
             try:
                 signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for default in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(default, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 for fd in (self._wake_read, self._wake_write, *private):
                     os.close(fd)
@@ -254,16 +256,20 @@ def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]
     started = time.perf_counter()
     try:
         from . import sandbox
-        from .data import mounts, spec
+        from .data import mounts, spec, store
+        from .data.references import UPLOAD_LOCAL
 
         wanted = [spec.Mount.from_dict(mount) for mount in request["mounts"]]
         sandbox.check()
         staged = mounts.stage(wanted, env=request["env"], project=request["project"], progress=progress)
         os.environ.update(sandbox.environment(os.environ))
         os.environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in wanted})
+        os.environ[UPLOAD_LOCAL] = "1"  # the client does not see this filesystem's files
+        # References are staged into the cache from inside, and results too big for the wire go into the store.
+        binds = [sandbox.Bind(path, path, False) for path in store.shared_dirs()] + list(staged.binds)
         argv = [sys.executable, "-c", request["boot"]]
         # The thread of the client that started this process may end before it does: dying is seen to by the host.
-        command = sandbox.command(argv, staged.binds, cwd=request["cwd"], die_with_parent=False)
+        command = sandbox.command(argv, binds, cwd=request["cwd"], die_with_parent=False)
         for fd in (*inherited, *staged.lease_fds):
             os.set_inheritable(fd, True)
         seconds = time.perf_counter() - started
@@ -295,19 +301,29 @@ def receive_packet(control: socket.socket, size: int = 1 << 20) -> tuple[bytes, 
     return data, list(fds)
 
 
-def serve_stdio(request: dict[str, Any]) -> int:
-    """Run one worker on standard input and output; the exit status is the worker's (128 + n for signal n)."""
-    read_fd, write_fd = os.dup(0), os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)
+def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) -> int:
+    """Run one worker on standard input and output, or on the two descriptors.
+
+    The exit status is the worker's (128 + n for signal n). `request` may hold `sys_path`, entries to put before this
+    Python's own.
+    """
+    sys.path[:0] = request.get("sys_path", ())
+    if read_fd == 0:
+        read_fd, write_fd = os.dup(0), os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(2, 1)
     host = Host()
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: asked.append(number))
     host.fork(request, wire.Stream(read_fd, write_fd), None, [])
     os.close(write_fd)
-    host.poll.register(read_fd, 0)  # a hang-up is always reported
+    host.poll.register(read_fd, HANG_UP)
     while not host.ends:
-        if read_fd in host.wait() and not host.ends:
+        if (read_fd in host.wait() or asked) and not host.ends:
             host.end()
             break
+    limits.kill_orphans()
     end = host.ends[0] if host.ends else {"exitcode": 0}
     print(EXIT_MARK + json.dumps(end), file=sys.stderr, flush=True)
     code: int = end["exitcode"]

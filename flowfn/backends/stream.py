@@ -1,0 +1,299 @@
+"""What all backends share whose worker is a program with a stream on its standard input and output.
+
+Such a backend decides two things: which program to start (`podman run -i ...`, `ssh host ...`, `srun ...`, each
+followed by `loader.program()`), and how to end it. Everything else is here: the runtime and the project get there, the
+worker is prepared, what goes wrong meanwhile becomes one clear error, and how it ended is found out.
+
+```python
+class MyBackend(Backend):
+    def connect(self, spec):
+        argv = ["podman", "run", "-i", "--rm", "image", *loader.program("python3")]
+        return stream.start(argv, shipping.launch(spec, enforce=("cpu",)), label="container", explain=explain)
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowfn import loader
+from flowfn.backends.base import Connection, Exit
+from flowfn.bundle import bundle
+from flowfn_runtime import exceptions, wire
+from flowfn_runtime.errors import BackendUnavailable, FlowError, ProtocolError, VersionMismatch
+from flowfn_runtime.host import EXIT_MARK
+
+if TYPE_CHECKING:
+    from flowfn.shipping import Launch
+
+NOISE_BYTES = 1 << 18  # what login shells and engines may print before the loader speaks
+TAIL_BYTES = 1 << 14  # of standard error: what is kept for messages
+PIPE_BYTES = 1 << 20
+END_S = 5.0  # how long a program that is to end may take before it is killed
+
+# Of a program that ended before a worker spoke: its exit status and the end of its standard error -> what to raise.
+Explain = Callable[[int, str], FlowError | None]
+
+
+class StreamConnection(Connection):
+    """A program with the worker's stream on its standard input and output.
+
+    It gets a session of its own, where Ctrl-C does not reach it. A backend that has to do more to end the worker than
+    to kill this program overrides `end_remote`.
+    """
+
+    def __init__(self, argv: Sequence[str], *, label: str, environ: Mapping[str, str] | None = None) -> None:
+        self.label = label
+        try:
+            self.process = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environ,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            raise BackendUnavailable(f"{argv[0]} can't be started: {error.strerror}") from None
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        fds = []
+        for pipe in (self.process.stdout, self.process.stdin):
+            fd = fcntl.fcntl(pipe.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # the stream's own, to close when it likes
+            pipe.close()
+            if hasattr(fcntl, "F_SETPIPE_SZ"):
+                try:
+                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                except OSError:
+                    pass  # the user's pipes are many already
+            fds.append(fd)
+        self.stream = wire.Stream(*fds)
+        self._tail = bytearray()
+        self._mark: dict[str, Any] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="flowfn-stderr", daemon=True)
+        self._thread.start()
+
+    # what a backend may want otherwise
+
+    def end_remote(self) -> None:
+        """Called by `kill`, once, after the program here was killed: for what lives on elsewhere."""
+
+    def judge(self, status: int) -> Exit:
+        """How a worker ended whose own word is lacking, from the exit status of the program here."""
+        return Exit(detail=self.said())
+
+    # the contract
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                self.process.kill()
+        self.end_remote()
+
+    def exit(self, timeout: float) -> Exit:
+        self._ended.wait(timeout)
+        if self._mark is not None:
+            memory = self._mark.get("out_of_memory") or {}
+            return Exit(self._mark["exitcode"], memory.get("limit"), memory.get("peak"))
+        if self._ended.is_set():
+            return self.judge(self.process.returncode)
+        return Exit(detail=self.said())
+
+    def hello(self) -> Mapping[str, Any]:
+        return {"argv0": os.path.basename(sys.argv[0]) if sys.argv else ""}
+
+    def said(self) -> str:
+        """The last lines of the program's standard error, for messages."""
+        lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
+        return "\n".join(lines[-8:])
+
+    # within
+
+    def _listen(self) -> None:
+        """Take in what the program says on standard error, then its exit status."""
+        assert self.process.stderr
+        mark = EXIT_MARK.encode()
+        rest = b""
+        while data := self.process.stderr.read(1 << 16):
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > TAIL_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                if line.startswith(mark):
+                    try:
+                        self._mark = json.loads(line[len(mark) :])
+                    except ValueError:
+                        pass
+                else:
+                    self._tail += line + b"\n"
+            del self._tail[:-TAIL_BYTES]
+        self._tail += rest
+        self.process.stderr.close()
+        self.process.wait()
+        self._ended.set()
+
+
+def start(
+    argv: Sequence[str],
+    launch: Launch,
+    *,
+    label: str,
+    environ: Mapping[str, str] | None = None,
+    explain: Explain | None = None,
+    kind: type[StreamConnection] = StreamConnection,
+) -> StreamConnection:
+    """Start a program whose last part is `loader.program()`, and get a worker ready there.
+
+    `label` says where it is, for people. `environ` is the program's own environment here. `explain` knows the engine's
+    messages. `kind` is the class of the connection. Raises BackendUnavailable, VersionMismatch, or what the
+    preparation on the other side raised.
+    """
+    connection = kind(argv, label=label, environ=environ)
+    try:
+        _load(connection, launch)
+        _prepare(connection, launch)
+    except EOFError:
+        raise ended(connection, explain) from None
+    except BaseException:
+        connection.kill()
+        connection.close()
+        raise
+    return connection
+
+
+def ended(connection: StreamConnection, explain: Explain | None) -> FlowError:
+    """What to raise of a program that ended before a worker was ready."""
+    how = connection.exit(END_S)
+    status = connection.process.poll()
+    connection.kill()
+    connection.close()
+    known = explain(status if status is not None else -9, connection.said()) if explain else None
+    if known is not None:
+        return known
+    words = f"status {status}" if status is not None else "no status"
+    said = connection.said() or how.detail
+    message = f"{connection.label}: the worker's program ended with {words}"
+    return BackendUnavailable(f"{message}:\n{said}" if said else message)
+
+
+def _load(connection: StreamConnection, launch: Launch) -> None:
+    """The loader's part: which Python it found, and the runtime if it lacks it. Sends the SETUP at once."""
+    stream = connection.stream
+    lines = _Lines(stream.read_fd)
+    there = lines.next()
+    if choice := _choose(there, connection.label):
+        _write(stream.write_fd, json.dumps(choice).encode() + b"\n")
+        there = lines.next()
+        _choose({**there, "uv": None}, connection.label)
+    runtime = bundle()
+    packed = b"" if runtime.digest in there["runtimes"] else runtime.pack()
+    ask = {"digest": runtime.digest, "size": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
+    try:
+        _write(stream.write_fd, json.dumps(ask).encode() + b"\n" + packed)
+        launch.send(stream)
+    except EOFError:
+        pass  # it has ended, and may have said why
+    lines.next()
+    stream._rest = lines.rest
+
+
+def _choose(there: dict[str, Any], label: str) -> dict[str, str] | None:
+    """What to do about the Python that was found there: None if it is right, else how to start another by uv."""
+    major, minor = sys.version_info[:2]
+    wanted = f"{major}.{minor}"
+    if there.get("missing"):
+        raise BackendUnavailable(
+            f"{label} has no Python", hint=f"install Python {wanted} or uv there, or say where it is with python="
+        )
+    name = sys.implementation.name
+    if there["python"][:2] == [major, minor] and there["implementation"] == name:
+        return None
+    if there["uv"] is None:
+        found = ".".join(map(str, there["python"]))
+        raise VersionMismatch(
+            f"{label} has {there['implementation']} {found} ({there['executable']}), this client has {name} {wanted}",
+            hint=f"install Python {wanted} or uv there, or say where it is with python=",
+        )
+    return {"uv": there["uv"], "python": wanted, "start": loader.START}
+
+
+class _Lines:
+    """The loader's lines among whatever else is printed."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.rest = b""  # what was read beyond the last line
+
+    def next(self) -> dict[str, Any]:
+        """The next thing that the loader says. Raises what it reports, and EOFError when it is gone."""
+        mark = loader.MARK.encode()
+        noise = 0
+        while True:
+            line, end, rest = self.rest.partition(b"\n")
+            if not end:
+                more = os.read(self._fd, 1 << 16)
+                if not more:
+                    raise EOFError
+                self.rest += more
+            else:
+                self.rest = rest
+                _, found, words = line.partition(mark)
+                if found:
+                    said: dict[str, Any] = json.loads(words)
+                    if "error" in said:
+                        raise BackendUnavailable(
+                            f"the runtime can't be put in place there: {said['error']}",
+                            hint="say where there is room with cache=, or FLOW_CACHE there",
+                        )
+                    return said
+                noise += len(line)
+            if noise + len(self.rest) > NOISE_BYTES:
+                raise ProtocolError(f"the program is not the worker's: it says {self.rest[:80]!r}")
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError:
+        raise EOFError from None
+
+
+def _prepare(connection: StreamConnection, launch: Launch) -> None:
+    """Answer what the other side asks until the worker's process is there."""
+    stream = connection.stream
+    while True:
+        frame = stream.receive()
+        if frame.kind == wire.ERROR:
+            raise exceptions.loads(frame.body, frame.buffers)
+        news = json.loads(frame.meta) if frame.kind == wire.NEWS else {}
+        if "ask" in news:
+            launch.answer(stream, news["ask"])
+        elif "ready" in news:
+            connection.label += f" pid {news['pid']}"
+            return
+        else:
+            show(connection.label, news)
+
+
+def show(label: str, news: dict[str, Any]) -> None:
+    """Let the user see what is going on there."""
+    from flowfn import terminal
+
+    if "progress" in news:
+        terminal.staging(news["progress"])
+    elif "log" in news:
+        terminal.show_output(news.get("step", "build"), 0, label, news["log"].encode(), True)

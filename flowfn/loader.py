@@ -1,0 +1,105 @@
+"""The first program on the other side: it gets the runtime there, and runs it.
+
+`program()` is what a backend starts: it looks for Python, says which one it found, takes the runtime from its standard
+input unless it has it, and hands over to `flowfn_runtime.bootstrap`. It has to run on any Python, to say that it is the
+wrong one.
+"""
+
+from __future__ import annotations
+
+import sys
+
+MARK = "flowfn-loader "  # begins each line that the loader says; what a login shell prints is not ours
+
+# Arguments: the loader's own text, the directory of the cache or "".
+_LOADER = r"""
+import os, json
+def say(**words):
+    os.write(1, ("flowfn-loader " + json.dumps(words) + "\n").encode())
+def find(name):
+    home = os.path.expanduser("~")
+    places = os.environ.get("PATH", "").split(":") + [home + "/.local/bin", home + "/.cargo/bin"]
+    return next((p + "/" + name for p in places if os.access(p + "/" + name, os.X_OK)), None)
+def take(size):
+    data = b""
+    while len(data) < size:
+        more = os.read(0, size - len(data))
+        if not more:
+            sys.exit(70)
+        data += more
+    return data
+def main():
+    cache = sys.argv[2] or os.environ.get("FLOW_CACHE")
+    cache = cache or (os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) + "/flowfn"
+    place = os.path.abspath(os.path.expanduser(cache)) + "/runtime"
+    try:
+        there = os.listdir(place)
+    except OSError:
+        there = []
+    say(python=list(sys.version_info[:3]), implementation=getattr(getattr(sys, "implementation", None), "name", "?"),
+        executable=sys.executable, host=os.uname()[1], uv=find("uv"), runtimes=there)
+    line = b""
+    while not line.endswith(b"\n"):
+        line += take(1)
+    ask = json.loads(line.decode())
+    if ask.get("uv"):
+        command = [ask["uv"], "run", "--no-project", "--quiet", "--python", ask["python"], "python", "-c"]
+        os.execv(ask["uv"], command + [ask["start"]] + sys.argv[1:])
+    if sys.argv[2]:
+        os.environ["FLOW_CACHE"] = os.path.abspath(os.path.expanduser(cache))
+    place = place + "/" + ask["digest"]
+    if ask["size"]:
+        import hashlib, io, shutil, tempfile, zipfile
+        data = take(ask["size"])
+        if hashlib.sha256(data).hexdigest() != ask["sha256"]:
+            raise ValueError("the runtime arrived damaged")
+        if not os.path.isdir(os.path.dirname(place)):
+            os.makedirs(os.path.dirname(place), 0o700)
+        new = tempfile.mkdtemp(dir=os.path.dirname(place))
+        try:
+            zipfile.ZipFile(io.BytesIO(data)).extractall(new)
+            os.rename(new, place)
+        except BaseException:
+            shutil.rmtree(new, True)
+            if not os.path.isdir(place):
+                raise
+    os.utime(place)
+    sys.path.insert(0, place)
+    say(loaded=True)
+try:
+    main()
+except Exception as error:
+    say(error=type(error).__name__ + ": " + str(error))
+    sys.exit(70)
+from flowfn_runtime import bootstrap
+bootstrap.main()
+"""
+# Nothing from the working directory may stand in for a module of the standard library.
+START = "import sys; sys.path[:] = [p for p in sys.path if p]; exec(sys.argv[1])"
+
+# A version manager's stand-in for a Python that is not installed is no Python: hence the trial.
+_SEARCH = """PATH="$PATH:$HOME/.local/bin:$HOME/.cargo/bin"
+for p in python%(v)s python3 python; do
+  "$p" -c "import sys; sys.exit(sys.version_info[:2] != (%(t)s))" </dev/null >/dev/null 2>&1 && exec "$p" -c "$0" "$@"
+done
+for p in python3 python; do
+  "$p" -c "" </dev/null >/dev/null 2>&1 && exec "$p" -c "$0" "$@"
+done
+command -v uv >/dev/null 2>&1 && exec uv run --no-project --quiet --python %(v)s python -c "$0" "$@"
+echo "%(mark)s{\\"missing\\": true}"
+exit 69
+"""
+
+
+def program(python: str | None = None, *, cache: str | None = None) -> list[str]:
+    """The command line to start on the other side. It holds nothing secret.
+
+    `python`: the interpreter there; None has a shell look for one of this Python's version. `cache`: the directory
+    there that keeps the runtime and all else that travels; None leaves it to FLOW_CACHE there, or ~/.cache/flowfn.
+    """
+    arguments = [START, _LOADER.strip("\n"), cache or ""]
+    if python is not None:
+        return [python, "-c", *arguments]
+    major, minor = sys.version_info[:2]
+    search = _SEARCH % {"v": f"{major}.{minor}", "t": f"{major}, {minor}", "mark": MARK.replace('"', '\\"')}
+    return ["/bin/sh", "-c", search, *arguments]
