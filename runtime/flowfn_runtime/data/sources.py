@@ -328,7 +328,8 @@ def _check_head(response: Response, object: Object, first: int, last: int | None
         return
     total = headers.get("content-range", "").rpartition("/")[2]
     response.discard()
-    if not (version and known) and (response.status == 200 or (total.isdigit() and int(total) != object.size)):
+    # With the version known to be right (or no word of it, so who answered?) it is the transfer that is wrong.
+    if not known and (response.status == 200 or (total.isdigit() and int(total) != object.size)):
         raise DataChanged(
             f"{url} has {total or response.length} bytes, not the {object.size} that were listed.", url=url, hint=_AGAIN
         )

@@ -35,13 +35,11 @@ def plan(listing: Listing) -> Tree:
     base = len(listing.base)
     for object in listing.objects:
         path = object.key[base:]
-        if path.endswith("/") and not object.size:
+        if not path and not object.size:
+            continue  # the marker of the prefix itself
+        marker = path.endswith("/") and not object.size
+        if marker:
             path = path[:-1]
-            marker = True
-            if not path and object.key == listing.base:
-                continue  # the marker of the prefix itself
-        else:
-            marker = False
         if not _is_path(path):
             bad.append(object.key)
             continue
