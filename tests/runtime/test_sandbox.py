@@ -186,7 +186,7 @@ def test_a_disk_can_back_the_temporary_directory(tmp_path: Path) -> None:
 
 
 def test_processes_are_its_own() -> None:
-    assert shows("echo $$; ls -d /proc/[0-9]* | wc -l; sleep 0; test -e /proc/self/fd/1").split() == ["2", "4"]
+    assert shows("echo $$; ls -d /proc/[0-9]* | wc -l").split() in (["2", "3"], ["2", "4"])
 
 
 def test_the_flowfn_home_is_hidden_but_for_what_is_bound(flow_home: Path, data: Path) -> None:
