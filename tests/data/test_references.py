@@ -399,6 +399,14 @@ def test_a_worker_elsewhere_returns_local_files_through_the_store(
     assert os.path.basename(value["result"].path) == "result.csv"
 
 
+def test_what_came_as_an_argument_is_returned_as_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    argument, _ = send(File(tmp_path / "x"))
+    monkeypatch.setenv("FLOW_UPLOAD_LOCAL", "1")
+    result, _ = send(argument)
+    assert result.url == str(tmp_path / "x")
+
+
 # -- invoke's strings
 
 

@@ -227,6 +227,12 @@ def explain(error: Exception, url: str) -> DataError:
     """The `DataError` that `error`, met while reading or writing `url`, means."""
     shown, text = redact(url), str(error) or type(error).__name__
     number = getattr(error, "errno", None)
+    if number == errno.EROFS:
+        return DataError(
+            f"{shown} can't be written from here: it is read-only",
+            url=shown,
+            hint="a function or task with mounts= has a filesystem of its own: write to a bucket, or mount a volume",
+        )
     if isinstance(error, FileNotFoundError):
         return DataNotFound(f"there is no {shown}", url=shown, hint="check its spelling, and the endpoint or region")
     if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):

@@ -100,18 +100,20 @@ class _WorkDir:
 
     def __init__(self) -> None:
         base = _base()
-        with os.scandir(base) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    remove_unless_locked(os.path.join(base, entry.name + ".lock"), entry.path)
-                elif entry.name.endswith(".lock") and not os.path.exists(entry.path.removesuffix(".lock")):
-                    remove_unless_locked(entry.path, entry.path)
-        name = os.path.join(base, os.urandom(8).hex())
-        # The lock first, so that nobody sees the directory without it.
-        self._fd = os.open(name + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        os.mkdir(name, 0o700)
-        self.path = name
+        for name in os.listdir(base):
+            if name.endswith(".lock"):
+                lock = os.path.join(base, name)
+                remove_unless_locked(lock, lock.removesuffix(".lock"), lock)
+        while True:
+            self.path = os.path.join(base, os.urandom(8).hex())
+            # The lock first, so that nobody sees the directory without it.
+            lock = self.path + ".lock"
+            self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if os.path.exists(lock):
+                break
+            os.close(self._fd)  # someone cleaned up between the two
+        os.mkdir(self.path, 0o700)
 
     def remove(self) -> None:
         """Remove it, with all that is in it."""

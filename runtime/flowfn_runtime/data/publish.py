@@ -88,23 +88,21 @@ def _sweep(folder: str) -> None:
                 remove_unless_locked(entry.path, entry.path)
 
 
-def remove_unless_locked(lock: str, what: str) -> bool:
-    """Remove the file or directory `what` if no living process holds the lock on the file `lock`."""
+def remove_unless_locked(lock: str, *paths: str) -> None:
+    """Remove files and directories if no living process holds the lock on the file `lock`."""
     try:
         fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
     except OSError:
-        return False  # another user's
+        return  # gone, or another user's
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.isdir(what):
-            shutil.rmtree(what, ignore_errors=True)
-        else:
-            os.unlink(what)
-        return True
+        for path in paths:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif os.path.lexists(path):
+                os.unlink(path)
     except OSError:
-        return False
+        pass
     finally:
         os.close(fd)
 

@@ -29,6 +29,8 @@ UPLOAD_LOCAL = "FLOW_UPLOAD_LOCAL"
 class Reference(os.PathLike[str]):
     """What `File`, `Dir` and `Output` have in common: a URL, and the storage options for it."""
 
+    _arrived = False  # whether it came from another process, which knows the URL
+
     def __init__(
         self, url: str | os.PathLike[str] | Reference, *, storage_options: Mapping[str, Any] | None = None
     ) -> None:
@@ -120,6 +122,7 @@ def _rebuild(cls: type[Reference], state: dict[str, Any]) -> Reference:
     reference = cls.__new__(cls)
     cls._blank(reference)  # type: ignore[attr-defined]
     reference._lock = threading.RLock()
+    reference._arrived = True
     reference.__dict__.update(state)
     note_reference(reference)
     return reference
@@ -246,7 +249,7 @@ class File(_Readable):
         return {**super()._state(), "_name": self._name, "_digest": self._digest}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if os.environ.get(UPLOAD_LOCAL) and self._digest is None and access.local_path(self._url) is not None:
+        if os.environ.get(UPLOAD_LOCAL) and not self._arrived and scheme_of(self._url) == "file" and not self._digest:
             from . import store
 
             return store.upload(self.path).__reduce_ex__(protocol)

@@ -15,13 +15,19 @@ from ..errors import DataChanged, DataError
 from . import access
 from .publish import publish
 from .references import File
-from .spec import redact
+from .spec import redact, scheme_of
 from .staging import sha256_of
 
 
 def root() -> str:
     """The URL (or path) that the store is at."""
     return access.normal_url(os.environ.get("FLOW_STORE") or os.path.join(paths.home(), "store")).rstrip("/")
+
+
+def shared_dirs() -> list[str]:
+    """The directories of this host that whoever stages or stores has to share: the cache, and a store that is local."""
+    store = access.local_path(root()) if scheme_of(root()) == "file" else None
+    return [paths.private_dir(path) for path in (paths.cache(), store) if path is not None]
 
 
 def url_of(digest: str) -> str:
