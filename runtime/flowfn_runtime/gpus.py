@@ -9,7 +9,6 @@ a reader sees its writers go (POLLHUP), so waiting for any of several devices is
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import select
 import time
@@ -21,8 +20,6 @@ from typing import Any
 from flowfn_runtime import paths
 from flowfn_runtime.errors import ResourceUnavailable
 from flowfn_runtime.gpu_request import GpuRequest, describe, model_of, parse_slots
-
-log = logging.getLogger("flowfn.gpus")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,9 @@ def inventory(declared: str | None = None, *, environ: Mapping[str, str] | None 
     if text.strip():
         gpus, source, reason = _declared(text), "declared", "FLOW_GPUS declares none"
         if gpus:
-            log.info("GPUs are declared, not found: FLOW_GPUS=%s", text)
+            import logging
+
+            logging.getLogger("flowfn.gpus").info("GPUs are declared, not found: FLOW_GPUS=%s", text)
     else:
         gpus, reason = _read_nvml()
         source = "nvml"
@@ -281,6 +280,24 @@ def free(there: Inventory) -> tuple[Gpu, ...]:
 
 def _requests(requests: Sequence[GpuRequest | RequestTuple]) -> list[GpuRequest]:
     return [GpuRequest(*request) for request in requests]
+
+
+def holders(there: Inventory) -> dict[Gpu, list[int]]:
+    """The ids of the processes that hold each GPU that is held, as far as this user may see them."""
+    taken = {os.path.basename(path := _slot(gpu)): (gpu, os.stat(path).st_ino) for gpu in there.gpus}
+    found: dict[Gpu, list[int]] = {}
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                gpu, inode = taken.get(os.path.basename(os.readlink(f"/proc/{pid}/fd/{fd}")), (None, 0))
+                if gpu is None or os.stat(f"/proc/{pid}/fd/{fd}").st_ino != inode:
+                    continue
+                with open(f"/proc/{pid}/fdinfo/{fd}") as info:
+                    if "FLOCK" in info.read():  # else it waits for the GPU
+                        found.setdefault(gpu, []).append(pid)
+        except OSError:  # gone meanwhile, or somebody else's
+            continue
+    return found
 
 
 def _fitting(request: GpuRequest, there: Inventory) -> list[Gpu]:

@@ -21,7 +21,7 @@ import pytest
 from flowfn_runtime import gpus
 from flowfn_runtime.errors import ConfigError, ResourceUnavailable
 from flowfn_runtime.gpu_request import parse_gpu
-from flowfn_runtime.gpus import Claim, Inventory, check, claim, free, inventory
+from flowfn_runtime.gpus import Claim, Inventory, check, claim, free, holders, inventory, slots
 
 # A driver's library with two A100, one H100 and, where FAKE_MIG is set, the first of them cut in two.
 NVML = r"""
@@ -227,6 +227,18 @@ def test_what_never_fits_names_what_was_asked_and_what_is_there() -> None:
     check((), Inventory((), "none"))
 
 
+def test_how_many_workers_there_is_room_for() -> None:
+    there = declared("a100:5,h100:2")
+    assert slots(parse_gpu("a100:2"), there=there) == 2
+    assert slots(parse_gpu("any"), there=there) == 7
+    assert slots(parse_gpu(["h100", "a100:2", "any"]), there=there) == 5
+    assert slots([("a100", None, 5)], there=there) == 1  # as requests travel
+    with pytest.raises(ResourceUnavailable):
+        slots(parse_gpu("l4"), there=there)
+    with taken("h100:2", there):  # who has them now does not matter
+        assert slots(parse_gpu("h100"), there=there) == 2
+
+
 CHILD = """
 import os, sys
 from flowfn_runtime.gpu_request import parse_gpu
@@ -263,6 +275,20 @@ def test_clients_exclude_each_other_and_the_kernel_frees_what_a_killed_one_held(
         other.kill()
         other.wait()
         assert len(taken("a100:2", there).gpus) == 2
+
+
+def test_who_holds_what() -> None:
+    there = declared("a100:3")
+    mine = taken("a100", there)
+    worker = subprocess.Popen(["sleep", "1000"], pass_fds=mine.fds)
+    with holder("a100", "a100:3") as other:
+        assert line(other) == "1"
+        waits = os.open(gpus._slot(there.gpus[2]), os.O_RDONLY | os.O_NONBLOCK)  # as one who waits has it
+        found = holders(there)
+        os.close(waits)
+    worker.kill()
+    worker.wait()
+    assert found == {there.gpus[0]: sorted([os.getpid(), worker.pid]), there.gpus[1]: [other.pid]}
 
 
 def test_a_waiter_is_woken_by_the_death_of_a_holder() -> None:
@@ -354,3 +380,34 @@ def test_a_home_that_takes_no_locks_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpus, "_directory", lambda: "/proc/self")
     with pytest.raises(ResourceUnavailable, match="no lock can be made in /proc/self"):
         gpus._slot(declared("a100").gpus[0])
+
+
+def flow_gpus(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from flowfn.cli import main; sys.exit(main(['gpus', *sys.argv[1:]]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_verb_lists_what_is_there_and_who_has_it(nvml: Path) -> None:
+    done = flow_gpus("--json", LD_LIBRARY_PATH=str(nvml))
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    assert listed["source"] == "nvml"
+    assert [(gpu["model"], gpu["uuid"], gpu["processes"]) for gpu in listed["gpus"]] == [
+        *(("a100", "GPU-1-beef", []), ("a100", "GPU-2-beef", []), ("h100", "GPU-3-beef", [])),
+    ]
+    with taken("h100", declared("a100:1,h100:1")):
+        done = flow_gpus(FLOW_GPUS="a100:1,h100:1")
+    header, first, second = done.stdout.splitlines()
+    assert header.split() == ["INDEX", "MODEL", "MEMORY", "UUID", "USED", "BY"]
+    assert first.split() == ["0", "a100", "(declared)", "free"]
+    assert second.split()[:4] == ["1", "h100", "(declared)", str(os.getpid())]
+    assert "declared" in done.stderr
+
+
+def test_the_verb_says_why_there_is_none(nvml: Path) -> None:
+    done = flow_gpus(LD_LIBRARY_PATH=str(nvml), FAKE_BROKEN="1")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no GPU here: NVML says: Driver Not Loaded" in done.stderr
+    assert json.loads(flow_gpus("--json", FLOW_GPUS="none").stdout)["gpus"] == []
