@@ -1,4 +1,4 @@
-"""Couriers: each takes items of a map to one worker at a time, brings results back, and decides what a failure means."""
+"""Couriers: each takes items of a map to a worker, brings results back, and decides what a failure means."""
 
 from __future__ import annotations
 
