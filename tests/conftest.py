@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,16 @@ def s3(s3_server: S3Server) -> S3:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     (s3_server.root / bucket).mkdir()
     return S3(s3_server, bucket, f"http://127.0.0.1:{s3_server.port}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With `FLOW_REQUIRE_ENGINES=1` a test that skips for want of something fails: whoever set it installed it all."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("FLOW_REQUIRE_ENGINES") == "1":
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        # A kernel can't be installed.
+        if "this kernel" not in reason:
+            report.outcome = "failed"
+            report.longrepr = f"FLOW_REQUIRE_ENGINES=1, and this test found something missing: {reason}"
+    return report
