@@ -9,7 +9,10 @@ from flowfn.backends.base import Backend
 from flowfn_runtime.errors import BackendUnavailable, ConfigError
 
 GROUP = "flowfn.backends"
-BUILT_IN = {"local": "flowfn.backends.local:LocalBackend"}  # known without reading every package's metadata
+BUILT_IN = {  # known without reading every package's metadata
+    "local": "flowfn.backends.local:LocalBackend",
+    "ssh": "flowfn.backends.ssh:SshBackend",
+}
 
 _made: dict[Any, Backend] = {}
 _lock = threading.RLock()

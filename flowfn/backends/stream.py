@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class StreamConnection(Connection):
 
     def __init__(self, argv: Sequence[str], *, label: str, environ: Mapping[str, str] | None = None) -> None:
         self.label = label
+        self.facts: dict[str, Any] = {}  # what the other side said when it was ready
+        self.python = ""  # the interpreter there
         try:
             self.process = subprocess.Popen(
                 list(argv),
@@ -77,9 +80,12 @@ class StreamConnection(Connection):
                     pass  # the user's pipes are many already
             fds.append(fd)
         self.stream = wire.Stream(*fds)
+        _all.add(self)
         self._tail = bytearray()
         self._mark: dict[str, Any] | None = None
         self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._end_calls: list[Callable[[], object]] = []
         self._thread = threading.Thread(target=self._listen, name="flowfn-stderr", daemon=True)
         self._thread.start()
 
@@ -87,6 +93,14 @@ class StreamConnection(Connection):
 
     def end_remote(self) -> None:
         """Called by `kill`, once, after the program here was killed: for what lives on elsewhere."""
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Have something called when the program here has ended, at once if it has. In any thread."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._end_calls.append(call)
+                return
+        call()
 
     def judge(self, status: int) -> Exit:
         """How a worker ended whose own word is lacking, from the exit status of the program here."""
@@ -142,7 +156,11 @@ class StreamConnection(Connection):
         self._tail += rest
         self.process.stderr.close()
         self.process.wait()
-        self._ended.set()
+        with self._lock:
+            self._ended.set()
+            calls, self._end_calls = self._end_calls, []
+        for call in calls:
+            call()
 
 
 def start(
@@ -152,15 +170,19 @@ def start(
     label: str,
     environ: Mapping[str, str] | None = None,
     explain: Explain | None = None,
-    kind: type[StreamConnection] = StreamConnection,
+    kind: Callable[..., StreamConnection] = StreamConnection,
+    on_end: Callable[[], object] | None = None,
 ) -> StreamConnection:
     """Start a program whose last part is `loader.program()`, and get a worker ready there.
 
     `label` says where it is, for people. `environ` is the program's own environment here. `explain` knows the engine's
-    messages. `kind` is the class of the connection. Raises BackendUnavailable, VersionMismatch, or what the
+    messages. `kind` makes the connection. `on_end` is called once when
+    the program has ended, also if that was while it started. Raises BackendUnavailable, VersionMismatch, or what the
     preparation on the other side raised.
     """
     connection = kind(argv, label=label, environ=environ)
+    if on_end is not None:
+        connection.on_end(on_end)
     try:
         _load(connection, launch)
         _prepare(connection, launch)
@@ -197,6 +219,7 @@ def _load(connection: StreamConnection, launch: Launch) -> None:
         _write(stream.write_fd, json.dumps(choice).encode() + b"\n")
         there = lines.next()
         _choose({**there, "uv": None}, connection.label)
+    connection.python = there["executable"]
     runtime = bundle()
     packed = b"" if runtime.digest in there["runtimes"] else runtime.pack()
     ask = {"digest": runtime.digest, "size": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
@@ -283,6 +306,7 @@ def _prepare(connection: StreamConnection, launch: Launch) -> None:
         if "ask" in news:
             launch.answer(stream, news["ask"])
         elif "ready" in news:
+            connection.facts = news
             connection.label += f" pid {news['pid']}"
             return
         else:
@@ -297,3 +321,15 @@ def show(label: str, news: dict[str, Any]) -> None:
         terminal.staging(news["progress"])
     elif "log" in news:
         terminal.show_output(news.get("step", "build"), 0, label, news["log"].encode(), True)
+
+
+_all: weakref.WeakSet[StreamConnection] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A forked child must not hold the parent's workers."""
+    for connection in list(_all):
+        connection.stream.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -8,6 +8,8 @@ in a SETUP frame what is wanted:
 - `roots`, `sys_path`, `cwd`: digests of the project's snapshots, and places in them as [number of the root, path]
 - `image`: a virtual environment to build, or to find built already
 - `mounts`, `project_name`: data to stage; then the worker gets a filesystem of its own
+- `alive`: the FIFO of the host's keeper, whose end ends the worker
+- `keep`: no worker, but a keeper (see `keeper`), with this many seconds of patience
 
 It is answered by NEWS frames: `ask` (see `flowfn.shipping`), `progress`, `log`, and at last `ready`; or by an ERROR.
 Then this process becomes the host of the worker. Until then the end of the stream ends it, whatever it is doing.
@@ -42,14 +44,21 @@ def main() -> None:
     stream = wire.Stream(read_fd, write_fd)
     watch = HangUp(read_fd)
     try:
-        setup = stream.receive()
-        start = Start(json.loads(setup.meta), Client(stream))
+        setup = json.loads(stream.receive().meta)
+        client = Client(stream)
+        if "keep" in setup:
+            from . import keeper
+
+            watch.stop()
+            keeper.keep(stream, setup["keep"], client.ready)
+            sys.exit(0)
+        start = Start(setup, client)
         start.prepare()
         watch.stop()
-        stream.send(wire.NEWS, meta=json.dumps({"ready": True, "pid": os.getpid()}).encode())
+        client.ready()
     except EOFError:
         os._exit(70)
-    except BaseException as error:
+    except Exception as error:
         watch.stop()
         if not isinstance(error, FlowError):
             error = BackendError(f"a worker could not be prepared: {type(error).__name__}: {error}")
@@ -77,7 +86,9 @@ class HangUp:
             os._exit(70)
 
     def stop(self) -> None:
-        """From here on it is somebody else's to see."""
+        """From here on it is somebody else's to see. Safe to repeat."""
+        if not self._thread.is_alive():
+            return
         os.write(self._write, b"x")
         self._thread.join()
         os.close(self._read)
@@ -93,6 +104,10 @@ class Client:
     def tell(self, **news: Any) -> None:
         """Something for the user to see."""
         self._stream.send(wire.NEWS, meta=json.dumps(news).encode())
+
+    def ready(self, **facts: Any) -> None:
+        """All is in place."""
+        self.tell(ready=True, pid=os.getpid(), **facts)
 
     def ask(self, **question: Any) -> wire.Frame:
         """Ask for something; the first frame of the answer."""
@@ -118,6 +133,12 @@ class Start:
 
     def prepare(self) -> None:
         """Get everything into place. Raises what stands in the way."""
+        if alive := self.setup.get("alive"):
+            try:
+                self.request["alive_fd"] = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+            except FileNotFoundError:
+                raise BackendError("the connection to this host was lost") from None
+            self._leases.append(self.request["alive_fd"])
         if roots := self.setup.get("roots"):
             self._lay_out(roots)
         if mounts := self.setup.get("mounts"):
@@ -142,7 +163,10 @@ class Start:
         manifest = bytes(self.client.ask(project=digest).body)
         missing = project.missing(manifest, checkout.store())
         first = self.client.ask(project=digest, missing=missing)
-        got = project.unpack(io.BufferedReader(_Chunks(first, self.client)), checkout.store())
+        stream = io.BufferedReader(_Chunks(first, self.client))
+        got = project.unpack(stream, checkout.store())
+        while stream.read(1 << 20):  # the archive's padding, and the end
+            pass
         if got != digest:
             raise BackendError(f"the project arrived damaged: {got} instead of {digest}")
 

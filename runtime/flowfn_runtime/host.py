@@ -305,7 +305,7 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) ->
     """Run one worker on standard input and output, or on the two descriptors.
 
     The exit status is the worker's (128 + n for signal n). `request` may hold `sys_path`, entries to put before this
-    Python's own.
+    Python's own, and `alive_fd`, the reading end of a FIFO: when nobody has its other end any more the worker ends.
     """
     sys.path[:0] = request.get("sys_path", ())
     if read_fd == 0:
@@ -316,11 +316,14 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) ->
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: asked.append(number))
-    host.fork(request, wire.Stream(read_fd, write_fd), None, [])
+    alive = request.get("alive_fd")
+    host.fork(request, wire.Stream(read_fd, write_fd), None, [] if alive is None else [alive])
     os.close(write_fd)
     host.poll.register(read_fd, HANG_UP)
+    if alive is not None:
+        host.poll.register(alive, HANG_UP)
     while not host.ends:
-        if (read_fd in host.wait() or asked) and not host.ends:
+        if (host.wait() or asked) and not host.ends:
             host.end()
             break
     limits.kill_orphans()

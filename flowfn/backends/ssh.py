@@ -1,0 +1,303 @@
+"""Workers on machines that OpenSSH reaches: one connection a host, and as many workers over it as fit.
+
+`backend="ssh://user@host:port"`, or a group of hosts in the configuration:
+
+```toml
+[backends.gpubox]
+type = "ssh"
+hosts = ["gpu1", "me@gpu2:2222"]
+```
+
+The first program on a connection is the keeper (`flowfn_runtime.keeper`), which says what the host has. Workers are
+further sessions of the connection. The server limits these (MaxSessions, 10 unless it was set), so when they are used
+up there is a second connection.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from flowfn import loader, shipping
+from flowfn.backends import openssh, stream
+from flowfn.backends.base import Backend, Connection
+from flowfn.clock import clock
+from flowfn_runtime import wire
+from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
+
+if TYPE_CHECKING:
+    from flowfn.spec import FunctionSpec
+    from flowfn_runtime.gpus import Inventory
+
+SESSIONS = 9  # workers on a connection: a server's default of 10, less the keeper
+BEAT_S = 5.0  # how often the keeper hears that the client is there
+SILENCE_S = 60.0  # after which it believes that the client is gone
+ATTEMPTS = 5  # to start a worker, when connections are lost or full
+AGAIN_S = 5.0  # after which a host that could not be reached is tried again
+_numbers = itertools.count(1)
+
+
+class _Lane:
+    """One connection to a host, with its keeper."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.label = f"ssh {host.address}"
+        self.sessions = 0
+        self.dead = False
+        self.socket = os.path.join(openssh.sockets_directory(), f"{os.getpid()}-{next(_numbers)}")
+        argv = host.client.first(self.socket, host.program())
+        launch = shipping.Launch({"keep": host.options.silence_s})
+        failure = _Failure(host.address)
+        self.keeper = stream.start(argv, launch, label=self.label, explain=failure, on_end=self._ended)
+        host.python = self.keeper.python
+        self._beat()
+
+    def _beat(self) -> None:
+        if self.dead:
+            return
+        try:
+            self.keeper.stream.send(wire.SETUP)
+        except EOFError:
+            return
+        clock.later(BEAT_S, self._beat)
+
+    def _ended(self) -> None:
+        self.dead = True
+
+    def left(self) -> None:
+        """A worker's session is over."""
+        with self.host.lock:
+            self.sessions -= 1
+
+    def close(self) -> None:
+        self.dead = True
+        self.keeper.close()
+        self.keeper.kill()
+
+
+class _Failure:
+    """What ssh said when a session did not come about."""
+
+    def __init__(self, address: openssh.Address) -> None:
+        self.address = address
+        self.said = ""
+
+    def __call__(self, status: int, said: str) -> FlowError | None:
+        self.said = said
+        return openssh.explain(self.address, status, said)
+
+
+class _Options:
+    """What the backend was configured with."""
+
+    def __init__(
+        self, python: str | None, cache: str | None, home: str | None, sessions: int, silence_s: float
+    ) -> None:
+        self.python = python
+        self.cache = cache
+        self.environ = {"FLOW_HOME": home} if home else {}
+        self.sessions = sessions
+        self.silence_s = silence_s
+
+
+class Host:
+    """One machine: its connections, what it has, and how much of that is in use by this client."""
+
+    def __init__(self, client: openssh.Client, options: _Options) -> None:
+        self.client = client
+        self.address = client.address
+        self.options = options
+        self.python = options.python
+        self.lock = threading.RLock()
+        self.limit = options.sessions  # on one connection; less if the server turns out to allow less
+        self.used = 0  # workers, starting ones included
+        self._lanes: list[_Lane] = []
+        self._facts: dict[str, Any] = {}
+        self._error: tuple[float, FlowError] | None = None
+
+    def program(self) -> list[str]:
+        return loader.program(self.python, cache=self.options.cache)
+
+    def facts(self) -> dict[str, Any]:
+        """What the keeper says that the host has. Connects if need be; raises BackendUnavailable."""
+        with self.lock:
+            if not self._facts:
+                if self._error and time.monotonic() - self._error[0] < AGAIN_S:
+                    raise self._error[1]
+                try:
+                    self._lane()
+                except FlowError as error:
+                    self._error = time.monotonic(), error
+                    raise
+            return self._facts
+
+    def _lane(self) -> _Lane:
+        """A connection with room for one more session, if a server has any. The caller has the lock."""
+        self._lanes = [lane for lane in self._lanes if not lane.dead]
+        for lane in self._lanes:
+            if lane.sessions < self.limit or not self.limit:
+                return lane
+        lane = _Lane(self)
+        self._facts = lane.keeper.facts
+        self._lanes.append(lane)
+        return lane
+
+    def connect(self, launch: shipping.Launch) -> stream.StreamConnection:
+        """Start a worker."""
+        for _ in range(ATTEMPTS):
+            with self.lock:
+                lane = self._lane()
+                before, lane.sessions = lane.sessions, lane.sessions + 1
+            program = self.program()
+            # Some servers allow the keeper's session and no other.
+            argv = self.client.further(lane.socket, program) if self.limit else self.client.alone(program)
+            told = shipping.Launch({**launch.setup, "alive": lane.keeper.facts["alive"]}, launch.roots)
+            failure = _Failure(self.address)
+            try:
+                return stream.start(argv, told, label=lane.label, explain=failure, on_end=lane.left)
+            except BackendUnavailable:
+                with self.lock:
+                    if openssh.refused_session(failure.said):
+                        self.limit = min(self.limit, before)
+                    elif lane.dead or openssh.lost_connection(failure.said):
+                        lane.close()
+                    else:
+                        raise
+        raise BackendUnavailable(f"{self.address} lets nobody start a worker, after {ATTEMPTS} attempts")
+
+    def inventory(self) -> Inventory:
+        """The GPUs there."""
+        from flowfn_runtime.gpus import Gpu, Inventory
+
+        facts = self.facts()
+        return Inventory(tuple(Gpu(**gpu) for gpu in facts["gpus"]), facts["gpu_source"], facts["gpu_reason"])
+
+    def slots(self, spec: FunctionSpec) -> int:
+        """How many workers of the spec fit there. Raises ResourceUnavailable if none, BackendUnavailable."""
+        if spec.gpu:
+            from flowfn_runtime import gpus
+
+            there = self.inventory()
+            gpus.check(spec.gpu, there)
+            return max(sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu)
+        facts = self.facts()
+        if spec.memory and spec.memory > facts["memory_bytes"]:
+            raise ResourceUnavailable(
+                f"{self.address} has {facts['memory_bytes'] >> 20} MiB of memory, and {spec.memory >> 20} are asked for"
+            )
+        cores: int = facts["cores"]
+        if spec.cpu and spec.cpu > cores:
+            raise ResourceUnavailable(f"{self.address} has {cores} cores, and cpu={spec.cpu:g} asks for more")
+        return max(1, int(cores // spec.cpu)) if spec.cpu else cores
+
+    def close(self) -> None:
+        with self.lock:
+            lanes, self._lanes, self._facts = self._lanes, [], {}
+        for lane in lanes:
+            lane.close()
+
+
+class SshBackend(Backend):
+    """Workers on one host (`url`), or on several (`hosts`), the least loaded first.
+
+    `python`: the interpreter there; None looks for one of this Python's version. `cache`, `home`: directories there in
+    place of ~/.cache/flowfn and ~/.flowfn. `config`: a file in place of ~/.ssh/config. `sessions`: workers on one
+    connection. `silence`: seconds after which a host gives up a client whose network is gone, and ends its workers.
+    Keys, jump hosts and known hosts are OpenSSH's matter.
+    """
+
+    name = "ssh"
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        hosts: Iterable[str] = (),
+        python: str | None = None,
+        cache: str | None = None,
+        home: str | None = None,
+        config: str | None = None,
+        sessions: int = SESSIONS,
+        silence: float = SILENCE_S,
+        connect_timeout: int = 15,
+    ) -> None:
+        texts = [url] if url else list(hosts)
+        if not texts or isinstance(hosts, str):
+            raise ConfigError(
+                "the ssh backend has no hosts", hint='write backend="ssh://user@host", or hosts = ["host", ...]'
+            )
+        options = _Options(python, cache, home, sessions, silence)
+        config = os.path.expanduser(config) if config else None
+        clients = [openssh.Client(openssh.Address.parse(text), config, connect_timeout) for text in texts]
+        self.hosts = [Host(client, options) for client in clients]
+        self._environ = options.environ
+        self._lock = threading.Lock()
+
+    def connect(self, spec: FunctionSpec) -> Connection:
+        launch = shipping.launch(spec, environ=self._environ, image=_image(spec))
+        host = self._choose(spec)
+        try:
+            connection = host.connect(launch)
+        except BaseException:
+            self._left(host)
+            raise
+        connection.on_end(functools.partial(self._left, host))
+        return connection
+
+    def _choose(self, spec: FunctionSpec) -> Host:
+        """The host with the smallest share of its slots in use, one more counted for it."""
+        fits = self._fitting(spec)
+        with self._lock:
+            host = min(fits, key=lambda host: ((host.used + 1) / fits[host], self.hosts.index(host)))
+            host.used += 1
+            return host
+
+    def _left(self, host: Host) -> None:
+        with self._lock:
+            host.used -= 1
+
+    def _fitting(self, spec: FunctionSpec) -> dict[Host, int]:
+        """The hosts that can run the spec, with their slots. Raises what stands in the way if there is none."""
+        fits: dict[Host, int] = {}
+        errors: list[FlowError] = []
+
+        def ask(host: Host) -> None:
+            try:
+                fits[host] = host.slots(spec)
+            except FlowError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=ask, args=(host,)) for host in self.hosts[1:]]
+        for thread in threads:
+            thread.start()
+        ask(self.hosts[0])
+        for thread in threads:
+            thread.join()
+        if fits:
+            return fits
+        lacking = [error for error in errors if isinstance(error, ResourceUnavailable)]
+        if len(errors) == 1 or not lacking:
+            raise errors[0]
+        raise ResourceUnavailable("none of the hosts fits: " + "; ".join(error.message for error in errors))
+
+    def slots(self, spec: FunctionSpec) -> int:
+        return sum(self._fitting(spec).values())
+
+    def close(self) -> None:
+        for host in self.hosts:
+            host.close()
+
+
+def _image(spec: FunctionSpec) -> Any:
+    if isinstance(spec.image, str):
+        raise ConfigError(
+            f"image={spec.image!r}: the ssh backend has no containers",
+            hint="say what to install: image=flow.Image.python('3.12').pip_install(...)",
+        )
+    return spec.image
