@@ -278,7 +278,8 @@ def test_an_output_can_be_a_directory(bucket: Path, tmp_path: Path) -> None:
     assert (tmp_path / "there" / "old").read_bytes() == b"stays"
 
 
-def test_an_output_that_fails_half_way_takes_back_what_is_new(bucket: Path) -> None:
+def test_an_output_that_fails_half_way_takes_back_what_is_new(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOW_DATA_PATIENCE", "0.2")
     (bucket / "t").mkdir()
     (bucket / "t" / "a").write_bytes(b"old")
     (bucket / "t" / "z").mkdir()  # a key that can't become an object: rclone's bucket is a directory tree

@@ -6,12 +6,12 @@ import errno
 import fcntl
 import os
 import shutil
-from typing import Any
 
 from ..errors import DataError, DataNotFound
 from . import access
 from .access import Options
 from .spec import redact, scheme_of
+from .upload import upload
 
 _PART = ".flowfn-part-"  # a copy under way, beside what it will become; locked by the process that makes it
 
@@ -36,8 +36,7 @@ def publish(path: str, url: str, options: Options = None) -> None:
             os.makedirs(os.path.dirname(local), exist_ok=True)
             _place(path, local)
         else:
-            fs, target = access.filesystem(url, options)
-            fs.put_file(path, target)
+            upload(path, url, options=access.effective(url, options))
 
 
 def _local_target(url: str) -> str | None:
@@ -142,38 +141,43 @@ def _local_tree(path: str, target: str) -> None:
 
 
 def _remote_tree(path: str, url: str, options: Options) -> None:
-    fs, target = access.filesystem(url, options)
     relatives = _files(path)
     if not relatives:
         raise DataError(
             f"an empty directory can't be published at {redact(url)}: an object store has none", url=redact(url)
         )
     try:
-        listing = access.source(_under(url, ""), options).listing()
+        listing = access.source(access.join(url, ""), options).listing()
         there = {found.key[len(listing.base) :] for found in listing.objects}
     except DataNotFound:
         there = set()
+    settings = access.effective(url, options)
     last = [relative for relative in relatives if _completes(relative)]
-    first = [relative for relative in relatives if not _completes(relative)]
+    aside = path + ".last"
+    for relative in last:
+        os.makedirs(os.path.dirname(os.path.join(aside, relative)), exist_ok=True)
+        os.rename(os.path.join(path, relative), os.path.join(aside, relative))
     try:
-        for group in (first, last):
-            if group:
-                fs.put([os.path.join(path, relative) for relative in group], [_under(target, r) for r in group])
+        if len(last) < len(relatives):
+            upload(path, url, options=settings)
+        for relative in last:
+            upload(os.path.join(aside, relative), access.join(url, relative), options=settings)
     except BaseException:
-        _take_back(fs, [_under(target, relative) for relative in relatives if relative not in there])
+        _take_back([access.join(url, relative) for relative in relatives if relative not in there], options)
         raise
 
 
-def _take_back(fs: Any, targets: list[str]) -> None:
-    for target in targets:
+def _take_back(urls: list[str], options: Options) -> None:
+    for url in urls:
         try:
-            fs.rm_file(target)
+            source = access.source(url, options)
+            if (client := getattr(source, "client", None)) is not None:
+                client.delete(getattr(source, "key", ""))
+            else:
+                fs, target = access.filesystem(url, options)
+                fs.rm_file(target)
         except Exception:
             pass  # it was not there yet, or the server is gone
-
-
-def _under(root: str, relative: str) -> str:
-    return root.rstrip("/") + "/" + relative
 
 
 def _files(path: str) -> list[str]:

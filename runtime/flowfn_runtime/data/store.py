@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import paths
 from ..errors import DataChanged, DataError
-from . import access
+from . import access, streams
 from .publish import publish
 from .references import File
 from .spec import redact, scheme_of
@@ -71,14 +71,8 @@ def put(data: Any) -> str:
 def get(digest: str) -> bytes:
     """The bytes of this digest. Raises `DataNotFound`, and `DataChanged` if what is kept there has another digest."""
     url = url_of(digest)
-    with access.explained(url):
-        local = access.local_path(url)
-        if local is not None:
-            with open(local, "rb") as opened:
-                data = opened.read()
-        else:
-            fs, path = access.filesystem(url, None)
-            data = fs.cat_file(path)
+    with streams.open_bytes(url, None) as opened:
+        data = opened.read()
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise DataChanged(
