@@ -21,6 +21,8 @@ from flowfn_runtime import paths
 from flowfn_runtime.errors import ResourceUnavailable
 from flowfn_runtime.gpu_request import GpuRequest, describe, model_of, parse_slots
 
+_WITHIN = "FLOW_GPUS_WITHIN"  # set for a worker that has GPUs: whose GPUs its own claims are about
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -186,11 +188,16 @@ class Claim:
 
     @property
     def env(self) -> dict[str, str]:
-        """What shows these GPUs, and no other, to a worker. Empty if no GPU was asked for."""
+        """What shows these GPUs, and no other, to a worker. Empty if no GPU was asked for.
+
+        Functions that the worker calls share its GPUs: there are no others that it could see, and to wait for those
+        that it holds itself would be for ever. So claims made in this environment exclude each other only.
+        """
         if self.request is None:
             return {}
         visible = ",".join(gpu.visible for gpu in self.gpus)
-        return {"CUDA_VISIBLE_DEVICES": visible, "NVIDIA_VISIBLE_DEVICES": visible}
+        within = "+".join(filter(None, [os.environ.get(_WITHIN), self.gpus[0].uuid]))
+        return {"CUDA_VISIBLE_DEVICES": visible, "NVIDIA_VISIBLE_DEVICES": visible, _WITHIN: within}
 
     def close(self) -> None:
         """Give this process's hold on the GPUs up. Processes that inherited it keep theirs. Idempotent."""
@@ -346,7 +353,10 @@ class _Turn:
 
 def _directory() -> str:
     # By host: the home may be on a network filesystem that several hosts share, each with GPUs of its own.
-    return paths.private_dir(os.path.join(paths.home(), "locks", os.uname().nodename, "gpus"))
+    directory = os.path.join(paths.home(), "locks", os.uname().nodename, "gpus")
+    if within := os.environ.get(_WITHIN):
+        directory = os.path.join(directory, "within", within.replace("/", "_"))
+    return paths.private_dir(directory)
 
 
 def _slot(gpu: Gpu) -> str:

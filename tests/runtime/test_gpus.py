@@ -138,11 +138,12 @@ def test_no_nvml_client_library_is_a_reason_and_no_error() -> None:
 def test_a_worker_sees_its_gpus_by_uuid(nvml: Path) -> None:
     code = (
         "import json; from flowfn_runtime.gpus import claim; from flowfn_runtime.gpu_request import parse_gpu\n"
-        "print(json.dumps([claim(parse_gpu('h100')).env, claim(parse_gpu('any:2')).env]))"
+        "envs = [claim(parse_gpu('h100')).env, claim(parse_gpu('any:2')).env]\n"
+        "print(json.dumps([{k: v for k, v in env.items() if 'VISIBLE' in k} for env in envs]))"
     )
     assert in_subprocess(code, {"LD_LIBRARY_PATH": str(nvml)}) == [
-        {"CUDA_VISIBLE_DEVICES": "GPU-3-beef", "NVIDIA_VISIBLE_DEVICES": "GPU-3-beef"},
-        {"CUDA_VISIBLE_DEVICES": "GPU-1-beef,GPU-2-beef", "NVIDIA_VISIBLE_DEVICES": "GPU-1-beef,GPU-2-beef"},
+        dict.fromkeys(("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"), visible)
+        for visible in ("GPU-3-beef", "GPU-1-beef,GPU-2-beef")
     ]
 
 
@@ -169,7 +170,7 @@ def test_declared_slots(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
     ]
     assert str(there) == "2 x a100 (75 GiB), 1 x h100 (declared by FLOW_GPUS)"
     with taken("h100", there) as held:
-        assert held.env == {"CUDA_VISIBLE_DEVICES": "2", "NVIDIA_VISIBLE_DEVICES": "2"}
+        assert held.env["CUDA_VISIBLE_DEVICES"] == held.env["NVIDIA_VISIBLE_DEVICES"] == "2"
     restricted = inventory("a100:4", environ={"CUDA_VISIBLE_DEVICES": "1,3"})
     assert [gpu.index for gpu in restricted.gpus] == [1, 3]
     assert inventory("none", environ={}).gpus == ()
@@ -338,6 +339,23 @@ def test_a_worker_that_inherits_a_claim_keeps_it() -> None:
     worker.send_signal(signal.SIGKILL)
     assert take("a100", there, wait=True, timeout=60) is not None
     worker.wait()
+
+
+def test_what_a_worker_calls_shares_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = taken("a100:2", declared("a100:3"))
+    with monkeypatch.context() as worker:  # in its environment, and in that of a worker of its own
+        for name, value in held.env.items():
+            worker.setenv(name, value)
+        there = inventory("a100:3")
+        assert there.gpus == held.gpus
+        first, second = taken("a100", there), taken("a100", there)
+        assert take("a100", there) is None
+        for name, value in second.env.items():
+            worker.setenv(name, value)
+        assert taken("a100", inventory("a100:3")).gpus == second.gpus
+        assert take("a100", inventory("a100:3")) is None
+    assert len(free(declared("a100:3"))) == 1
+    first.close()
 
 
 def test_a_claim_is_not_inherited_by_accident() -> None:
