@@ -246,8 +246,10 @@ class _Plan:
                 self.args += ["--ro-bind-try", entry.path, child]  # "try": it may go away meanwhile
 
     def _tmpfs(self, path: str) -> None:
-        shared = path in ("/tmp", "/var/tmp", "/dev/shm")
-        self.args += ["--perms", "1777" if shared else "0700", "--tmpfs", path]
+        # Only root can be other users inside, who need to write there too. Else bubblewrap's 0755 does.
+        if path in ("/tmp", "/var/tmp", "/dev/shm") and os.geteuid() == 0 and _knows_perms():
+            self.args += ["--perms", "1777"]
+        self.args += ["--tmpfs", path]
         self.mounts[path] = None
 
     def _forget_below(self, path: str) -> None:
@@ -322,6 +324,28 @@ def check() -> None:
     if run.returncode:
         said = run.stderr.decode(errors="replace").strip() or f"exit status {run.returncode}"
         raise SandboxError(f"bubblewrap can't make a filesystem here: {said}", hint=_permission_hint())
+
+
+@lru_cache(maxsize=1)
+def _knows_perms() -> bool:
+    """Whether bubblewrap has `--perms`: from 0.5 on, which not every distribution in use has."""
+    read, write = os.pipe()
+    try:
+        action = [(os.POSIX_SPAWN_DUP2, write, 1)]
+        pid = os.posix_spawnp("bwrap", ["bwrap", "--version"], os.environ, file_actions=action)
+    except OSError:  # there is none, which `check` says better
+        os.close(read)
+        return True
+    finally:
+        os.close(write)
+    with open(read, "rb") as output:
+        said = output.read()  # "bubblewrap 0.8.0"
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:  # a signal handler was faster
+        pass
+    major, _, minor = said.split()[-1].partition(b".") if said.split() else (b"", b"", b"")
+    return not major.isdigit() or (int(major), int(minor.partition(b".")[0] or 0)) >= (0, 5)
 
 
 def _install_hint() -> str:
