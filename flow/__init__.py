@@ -5,11 +5,13 @@ Everything here is flowfn's own, looked up when it is first asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import flowfn
 
+TYPE_CHECKING = False  # as in flowfn: importing `typing` would cost more than all of this module
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from flowfn import *  # noqa: F403
 
 # Modules of the original that scripts import from, and where their names live here.

@@ -11,12 +11,13 @@ from flowfn_runtime import taskdb
 from flowfn_runtime.errors import ConfigError, ValidationError
 
 from . import config as configuration
-from .submit import submit
 from .task import Task
-from .taskconfig import TaskConfig, read_yaml
 
 if TYPE_CHECKING:
     from flowfn_runtime.data.volumes import Volume
+
+    # pydantic, which it is made of, takes longer to import than all the rest: only who needs it pays for it.
+    from .taskconfig import TaskConfig
 
 
 class Flow:
@@ -81,6 +82,8 @@ class Flow:
             raise ValidationError("mounts= and data= are two names of one option; give one")
         if gpu is not None and instance_type is not None:
             raise ValidationError("gpu= and instance_type= are two names of one option; give one")
+        from .taskconfig import TaskConfig
+
         _merge_mounts(fields, mounts if mounts is not None else data)
         wanted = gpu if gpu is not None else instance_type
         if wanted is not None:
@@ -121,6 +124,8 @@ class Flow:
         return config
 
     def _start(self, config: TaskConfig, wait: bool, timeout: float | None = None) -> Task:
+        from .submit import submit
+
         task = Task(taskdb.get(submit(config, settings=self.config)))
         return task.wait(timeout) if wait else task
 
@@ -159,6 +164,7 @@ class Flow:
         """Like `invoke`, but returns the `Task` at once; its `result()` is the function's value or exception."""
         from .durable import submit_file
         from .spec import Retries
+        from .taskconfig import TaskConfig
 
         del max_result_size  # results have no limit
         if isinstance(retries, int) and not isinstance(retries, bool) and retries > 0:
@@ -333,6 +339,8 @@ def invoke_async(
 
 def config_of(task: TaskConfig | str | list[str] | os.PathLike[str], **fields: Any) -> TaskConfig:
     """The configuration that `task` means; `fields` win over what a job file says."""
+    from .taskconfig import TaskConfig, read_yaml
+
     fields = _task_ids(fields)
     if "gpu" in fields:
         fields["instance_type"] = fields.pop("gpu")

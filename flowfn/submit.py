@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import re
 import sys
@@ -146,11 +146,25 @@ def _plan(task: TaskConfig, settings: configuration.Config, call: Call | None) -
         "max_run_time_s": (task.max_run_time_hours or 0) * 3600,
         "retry_delays_s": [retries.delay(attempt, task_id) for attempt in range(1, retries.max_retries + 1)],
         "depends_on": depends_on,
+        "grace_s": _grace_s(),
         "block_volumes": block,
         "python": sys.executable,
         "readable": _readable(),
         "runtime": os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__))),
     }
+
+
+def _grace_s() -> float:
+    from flowfn_runtime.supervisor import GRACE_S
+
+    text = os.environ.get("FLOW_GRACE_S", "")
+    try:
+        seconds = float(text) if text else GRACE_S
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise ValidationError(f"FLOW_GRACE_S={text!r}: seconds are wanted, from 0 to 3600")
+    return seconds
 
 
 def _readable() -> list[str]:
@@ -356,7 +370,7 @@ def _launch(directory: str, lock: int, plan: dict[str, Any], settings: configura
     null = os.open(os.devnull, os.O_RDWR)
     try:
         with open(source, "wb", closefd=False) as file:
-            file.write(json.dumps(plan).encode())
+            file.write(marshal.dumps(plan))
         first = max(lock, source, log, null) + 1  # numbers that none of them has: each is copied, not clobbered
         actions = [
             *((os.POSIX_SPAWN_DUP2, fd, target) for fd, target in ((null, 0), (null, 1), (log, 2))),

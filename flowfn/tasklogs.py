@@ -56,7 +56,7 @@ def follow(
     with Watch(directory) as watch:
         while True:
             # In this order: what is written before the end is read after it was seen.
-            ended = not taskdir.is_held(directory)
+            ended = not taskdir.is_held(directory) and not taskdir.is_held(directory, "tree")
             for (node, stderr), reader in zip(streams, readers, strict=True):
                 for line in reader.lines(last=ended):
                     yield node, stderr, line

@@ -8,17 +8,15 @@ there. `lay_out` makes a working directory of a snapshot in the store. What the 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
-import stat
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from . import ignore
 from .errors import FlowError, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from . import ignore
 
 LIMIT_BYTES = 256 * 2**20
 LIMIT_FILES = 20_000
@@ -26,8 +24,7 @@ IGNORE_FILES = (".gitignore", ".flowignore")
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A file, or symbolic link, of a project."""
 
     path: str  # relative to the root, with slashes
@@ -37,13 +34,15 @@ class Entry:
     link: str | None = None  # where a symbolic link points
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What a project's files were at one moment."""
 
     root: str  # where they were taken; not part of the digest
     digest: str  # of all paths, contents and modes: two equal trees have the same
-    files: tuple[Entry, ...] = field(repr=False)
+    files: tuple[Entry, ...]
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self.digest[:12]} of {self.root}: {len(self.files)} files, {self.size_bytes} bytes>"
 
     @property
     def size_bytes(self) -> int:
@@ -67,6 +66,8 @@ def snapshot(
     Raises `ValidationError` if it is larger than the limits (bytes, number of files), naming what is largest, or if a
     file can't be read.
     """
+    import hashlib
+
     root = os.path.abspath(root)
     entries: list[Entry] = []
     total = 0
@@ -89,7 +90,10 @@ def keep(taken: Snapshot, store: str) -> None:
     """Put into `store` what of the snapshot is not there yet. Many may do so at once."""
     manifest = os.path.join(store, "trees", taken.digest)
     if os.path.exists(manifest):
-        os.utime(manifest)  # in use: what cleans up takes the oldest
+        try:
+            os.utime(manifest)  # in use: what cleans up takes the oldest
+        except OSError:
+            pass  # a read-only home
         return
     for entry in taken.files:
         if entry.link is None and not os.path.exists(blob := _blob(store, entry.digest)):
@@ -126,6 +130,7 @@ def pack(taken: Snapshot, out: IO[bytes], *, skip: Collection[str] = ()) -> None
 
 def unpack(source: IO[bytes], store: str) -> str:
     """Put a packed snapshot into `store`; return its digest. What doesn't have the digest it claims is refused."""
+    import hashlib
     import tarfile
 
     with tarfile.open(fileobj=source, mode="r|") as archive:
@@ -168,6 +173,10 @@ def lay_out(digest: str, store: str, target: str) -> None:
 
 def _walk(root: str, exclude: set[str]) -> Iterator[tuple[str, os.stat_result, str | None]]:
     """Every file below `root` that is not ignored: its relative path, its status, and where it points if a link."""
+    import stat
+
+    from . import ignore
+
     # Each level: where its rules' paths begin, and the rules. The nearest directory's word counts most.
     outer = [("", ignore.Rules(ignore.DEFAULTS)), *_rules_above(root)]
     pending = [("", outer)]
@@ -209,6 +218,8 @@ def _ignored(path: str, is_dir: bool, levels: list[tuple[str, ignore.Rules]]) ->
 
 
 def _rules_of(directory: str, base: str) -> list[tuple[str, ignore.Rules]]:
+    from . import ignore
+
     lines: list[str] = []
     for name in IGNORE_FILES:
         lines += _lines(os.path.join(directory, name))
@@ -217,6 +228,8 @@ def _rules_of(directory: str, base: str) -> list[tuple[str, ignore.Rules]]:
 
 def _rules_above(root: str) -> list[tuple[str, ignore.Rules]]:
     """The rules of the git repository that `root` is part of, from its top down to the directory above `root`."""
+    from . import ignore
+
     found: list[tuple[str, ignore.Rules]] = []
     directory, seen_from = root, ""
     while True:
@@ -260,11 +273,15 @@ def _too_large(
 
 
 def _manifest(files: tuple[Entry, ...]) -> bytes:
+    import json
+
     rows = [[entry.path, entry.digest, entry.size, entry.executable, entry.link] for entry in files]
     return json.dumps(rows, separators=(",", ":")).encode("utf-8", "surrogateescape")
 
 
 def _entries(manifest: bytes) -> list[Entry]:
+    import json
+
     entries = [Entry(*row) for row in json.loads(manifest)]
     for entry in entries:
         parts = entry.path.split("/")
@@ -278,6 +295,8 @@ def _is_digest(entry: Entry) -> bool:
 
 
 def _digest(path: str) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     try:
         with open(path, "rb", buffering=0) as file:
@@ -299,6 +318,8 @@ def _blob(store: str, digest: str) -> str:
 
 def _put(path: str, source: IO[bytes], entry: Entry, origin: str) -> None:
     """Store a content under its digest, if it has that."""
+    import hashlib
+
     temporary = _temporary(path)
     digest = hashlib.sha256()
     try:
@@ -343,6 +364,8 @@ def _drop(path: str) -> None:
 
 
 def _no_room(error: OSError, path: str) -> FlowError:
+    import errno
+
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FlowError(f"the disk of {path} is full", hint="Free some space there, or set FLOW_HOME elsewhere.")
     return FlowError(f"{path} can't be written: {error.strerror}", hint="Set FLOW_HOME to a directory of yours.")

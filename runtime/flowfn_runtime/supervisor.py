@@ -10,7 +10,7 @@ The whole spec comes through a descriptor, since it holds the values of `env` an
 from __future__ import annotations
 
 import fcntl
-import json
+import marshal
 import os
 import signal
 import sys
@@ -24,7 +24,7 @@ from .proctree import Interrupted, Wakeup
 if TYPE_CHECKING:
     from .tasknode import Nodes
 
-GRACE_S = 10.0  # between SIGTERM and SIGKILL
+GRACE_S = 10.0  # between SIGTERM and SIGKILL; FLOW_GRACE_S in the environment of who submits says otherwise
 
 
 class Ended(Exception):
@@ -50,7 +50,6 @@ class Supervisor:
 
     def run(self) -> Ended:
         """Take the task to its end; returns how it ended, which is also written down. Raises nothing."""
-        proctree.become_subreaper()
         try:
             # In this order: whoever asks to cancel leaves word first, then looks for the process to wake.
             taskdir.write_pid(self.directory)
@@ -70,7 +69,7 @@ class Supervisor:
         except BaseException as error:
             import traceback
 
-            traceback.print_exc()  # into supervisor.log
+            _say(traceback.format_exc())
             ended = Ended("failed", f"the supervisor failed: {type(error).__name__}: {error}")
         self._wakeup.interruptible = False
         self._finish(ended)
@@ -97,6 +96,7 @@ class Supervisor:
     def _prepare(self) -> None:
         from .tasknode import Nodes
 
+        proctree.become_subreaper()
         self._nodes = Nodes(self.directory, self.spec, terminal=self.terminal)
         self._nodes.prepare(self._report)
 
@@ -142,7 +142,7 @@ class Supervisor:
             )
             taskdir.mark_started(self.directory)
         except (FlowError, OSError) as error:
-            print(f"flow: {error}", file=sys.stderr)  # the task runs all the same; its outcome will say so
+            _say(str(error))  # the task runs all the same
         return self._watch(pids, None if not limit else time.monotonic() + limit)
 
     def _watch(self, pids: list[int], deadline: float | None) -> Ended:
@@ -164,7 +164,7 @@ class Supervisor:
                 verdict, deadline = Ended("failed", f"it ran longer than max_run_time_hours={hours:g}"), None
             if verdict is not None:
                 if kill_at is None:
-                    kill_at = now + self.spec.get("grace_s", GRACE_S)
+                    kill_at = now + self.spec["grace_s"]
                     for pid in running:
                         proctree.signal_tree(pid, signal.SIGTERM, skip=proctree.is_namespace_init)
                 elif now >= kill_at:
@@ -201,7 +201,7 @@ class Supervisor:
                 os.replace(part, os.path.join(self.directory, "result"))
             taskdir.write_outcome(self.directory, outcome)
         except OSError as error:
-            print(f"flow: the outcome can't be written: {error}", file=sys.stderr)
+            _say(f"the outcome can't be written: {error}")
         if self._nodes is not None:
             self._nodes.close()
         taskdir.remove_tree(os.path.join(self.directory, "scratch"))
@@ -210,9 +210,17 @@ class Supervisor:
         try:
             taskdb.update(self.spec["id"], **outcome)
         except FlowError as error:
-            print(f"flow: {error}", file=sys.stderr)  # whoever reads next settles it from the outcome
+            _say(str(error))  # whoever reads next settles it from the outcome
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # by name: a process forked by the client may have the same open file
         os.close(self._lock_fd)
+
+
+def _say(text: str) -> None:
+    """Into supervisor.log; not with print, which would raise on a full disk."""
+    try:
+        os.write(2, f"flow: {text}\n".encode(errors="replace"))
+    except OSError:
+        pass
 
 
 def _failure(code: int, rank: int, nodes: int) -> Ended:
@@ -248,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.set_inheritable(lock, False)
     with os.fdopen(source, "rb") as file:
         file.seek(0)
-        spec = json.loads(file.read())
+        spec = marshal.loads(file.read())  # written by the same Python, a moment ago
     os.chdir("/")
     os.umask(0o022)
     Supervisor(directory, lock, spec).run()

@@ -18,9 +18,7 @@ supervisor.log  what a supervisor says that fails itself
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import shutil
 from typing import Any
 
 from . import paths
@@ -99,6 +97,8 @@ def mark_started(directory: str) -> None:
 
 def write_json(directory: str, name: str, value: dict[str, Any]) -> None:
     """Write a file of the directory, whole or not at all, and on the disk when this returns."""
+    import json
+
     path = os.path.join(directory, name)
     temporary = f"{path}.{os.getpid()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -116,6 +116,8 @@ def write_json(directory: str, name: str, value: dict[str, Any]) -> None:
 
 def write_outcome(directory: str, outcome: dict[str, Any]) -> None:
     """Write how the task ended into the room kept for it."""
+    import json
+
     raw = json.dumps(outcome).encode()
     if len(raw) > _OUTCOME_BYTES:
         outcome = outcome | {"reason": outcome["reason"][: _OUTCOME_BYTES // 8] + "..."}
@@ -130,6 +132,8 @@ def write_outcome(directory: str, outcome: dict[str, Any]) -> None:
 
 def read_json(directory: str, name: str) -> dict[str, Any] | None:
     """A file of the directory, or None if it isn't there, or only half of it, or nothing in it yet."""
+    import json
+
     try:
         with open(os.path.join(directory, name), "rb") as file:
             value: dict[str, Any] = json.loads(file.read())
@@ -161,6 +165,8 @@ def remove_tree(path: str) -> None:
     """Remove a directory with everything in it, also below directories that were made unwritable."""
     if not os.path.lexists(path):
         return
+    import shutil
+
     shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         for parent, names, _files in os.walk(path):

@@ -8,9 +8,6 @@ working directories, unnamed volumes and logs of their own.
 from __future__ import annotations
 
 import os
-import random
-import shutil
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -154,9 +151,12 @@ class Nodes:
     def _rendezvous(self) -> int:
         """A free port for the nodes to meet at, which no other task takes meanwhile."""
         import fcntl
+        import socket
 
         locks = paths.private_dir(os.path.join(paths.home(), "ports"))
-        for port in random.sample(_PORTS, 200):
+        first = int.from_bytes(os.urandom(4), "little")
+        for step in range(200):
+            port = _PORTS[(first + step) % len(_PORTS)]
             lock = os.open(os.path.join(locks, str(port)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,7 +213,10 @@ class Nodes:
             return ["sleep", "infinity"]
         if isinstance(command, list):
             return command
-        return [shutil.which("bash") or "/bin/sh", "-c", command]
+        bash = next(
+            (path for path in ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash") if os.path.exists(path)), None
+        )
+        return [bash or "/bin/sh", "-c", command]
 
     def _environment(self, rank: int, port: int, devices: list[Gpu]) -> dict[str, str]:
         from .sandbox import environment
