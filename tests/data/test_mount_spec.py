@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flowfn_runtime.data.spec import (
     DOCKER,
     SYSTEM,
@@ -18,8 +21,6 @@ from flowfn_runtime.data.spec import (
     within,
 )
 from flowfn_runtime.errors import ValidationError
-from hypothesis import given
-from hypothesis import strategies as st
 
 segments = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=8)
 paths = st.lists(st.one_of(segments, st.sampled_from([".", "..", "", "usr", "etc", "proc", "data"])), max_size=6).map(

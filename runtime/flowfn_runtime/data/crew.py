@@ -164,3 +164,5 @@ def _end_with_parent(stdin: IO[bytes]) -> None:
 
 if __name__ == "__main__":
     _member(sys.stdin.buffer, sys.stdout.buffer)
+    # Not by way of the interpreter's end, which would wait for the thread that reads stdin.
+    os._exit(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import posixpath
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from flowfn_runtime.data.http1 import WireError
@@ -43,6 +45,10 @@ class FsspecSource:
         chosen = {option: env[variable] for variable, option in known.items() if env.get(variable)}
         self._access = access
         self._fs, self._path = access.filesystem(url, {**chosen, **options})
+        # Filesystems with a loop of their own take calls from any thread; the others keep one connection, or one file.
+        self._one_at_a_time: AbstractContextManager[Any] = (
+            threading.Lock() if not getattr(self._fs, "async_impl", False) else nullcontext()
+        )
         self._prefix = url.partition("://")[0] + "://" if "://" in url else ""
         self.identity = f"fsspec {scheme} {getattr(self._fs, 'fsid', '') if _has_fsid(self._fs) else ''}"
 
@@ -95,25 +101,29 @@ class FsspecSource:
     ) -> Mapping[str, str]:
         end = object.size if last is None else last + 1
         try:
-            if end is not None and end - first <= _PIECE_BYTES:
-                if end > first:
-                    sink(memoryview(self._fs.cat_file(object.key, start=first, end=end)))
-                return {}
-            with self._fs.open(object.key, "rb", block_size=_PIECE_BYTES, cache_type="readahead") as opened:
-                opened.seek(first)
-                position = first
-                while end is None or position < end:
-                    piece = opened.read(_PIECE_BYTES if end is None else min(_PIECE_BYTES, end - position))
-                    if not piece:
-                        break
-                    sink(memoryview(piece))
-                    position += len(piece)
+            with self._one_at_a_time:
+                self._read(object, first, end, sink)
         except FileNotFoundError as error:
             url = redact(self.object_url(object.key))
             raise DataChanged(f"{url} was deleted after it was listed.", url=url) from error
         except Exception as error:
             raise self._meaning(error) from error
         return {}
+
+    def _read(self, object: Object, first: int, end: int | None, sink: Callable[[memoryview], Any]) -> None:
+        if end is not None and end - first <= _PIECE_BYTES:
+            if end > first:
+                sink(memoryview(self._fs.cat_file(object.key, start=first, end=end)))
+            return
+        with self._fs.open(object.key, "rb", block_size=_PIECE_BYTES, cache_type="readahead") as opened:
+            opened.seek(first)
+            position = first
+            while end is None or position < end:
+                piece = opened.read(_PIECE_BYTES if end is None else min(_PIECE_BYTES, end - position))
+                if not piece:
+                    break
+                sink(memoryview(piece))
+                position += len(piece)
 
     def _try(self, work: Callable[[], Any]) -> Any:
         def attempt() -> Any:

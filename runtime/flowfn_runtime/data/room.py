@@ -182,6 +182,28 @@ class Room:
         shutil.rmtree(trash, ignore_errors=True)
         return self.drop_objects(names)
 
+    def prune(self, keep_bytes: int) -> None:
+        """Drop what is not in use, the least recently used first, until no more than `keep_bytes` are left."""
+        self.sweep()
+        used = self.used_bytes() - self._drop_orphans()
+        for snapshot in sorted(self.snapshots(), key=lambda snapshot: snapshot.last_used):
+            if used <= keep_bytes:
+                return
+            used -= self.drop(snapshot.digest) or 0
+
+    def discard(self, digest: str) -> bool:
+        """Drop a damaged snapshot with its objects, so that they are fetched anew. False if it is in use or gone."""
+        names = _names(os.path.join(self.root, "snapshots", digest))
+        if self.drop(digest) is None:
+            return False
+        for name in names:
+            try:
+                # Other snapshots that share the object keep their link to it.
+                os.unlink(f"{self.root}/objects/{name[:2]}/{name}")
+            except FileNotFoundError:
+                pass
+        return True
+
     def drop_objects(self, names: list[str]) -> int:
         """Drop those of the objects that no snapshot uses; the bytes freed."""
         freed = 0
@@ -230,12 +252,12 @@ def _names(folder: str) -> list[str]:
         return []
 
 
-def parse_limit(text: str, disk_bytes: int) -> int:
-    """Bytes of `"500GB"`, `"1.5TiB"` or `"50%"` (of `disk_bytes`). Raises `ConfigError`."""
+def parse_limit(text: str, disk_bytes: int, *, name: str = "FLOW_CACHE_LIMIT") -> int:
+    """Bytes of `"500GB"`, `"1.5TiB"` or `"50%"` (of `disk_bytes`). Raises `ConfigError`, which says `name`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[kmgt]?i?)b?\s*", text, re.IGNORECASE)
     unit = match.group(2).lower() if match else "?"
     if match is None or (unit != "%" and unit not in _UNITS):
-        raise ConfigError(f"FLOW_CACHE_LIMIT is {text!r}.", hint='Write a size such as "500GB" or "1.5TiB", or "50%".')
+        raise ConfigError(f"{name} is {text!r}.", hint='Write a size such as "500GB" or "1.5TiB", or "50%".')
     number = float(match.group(1))
     return int(disk_bytes * number / 100) if unit == "%" else int(number * _UNITS[unit])
 

@@ -11,13 +11,13 @@ import hmac
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from flowfn_runtime.data.credentials import Keys, S3Settings
-from flowfn_runtime.data.http1 import Endpoint, Pool, Response, WireError
+from flowfn_runtime.data.http1 import Body, Endpoint, Pool, Response, WireError
 from flowfn_runtime.data.model import Object, parse_time
 from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound
 
@@ -71,7 +71,7 @@ class S3:
         key: str,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: memoryview | bytes | None = None,
+        body: Body = None,
     ) -> Response:
         """Send one signed request. The answer has whatever status the server gave; raises `WireError`."""
         settings = self._settings
@@ -85,7 +85,7 @@ class S3:
         if settings.keys is not None:
             self._sign(sent, settings.keys(), settings.region, method, path, query_text, body)
         if body is not None or method in ("PUT", "POST"):
-            sent["content-length"] = str(len(body or b""))
+            sent["content-length"] = str(len(body) if body is not None else 0)
         lines = [f"{method} {path}{'?' + query_text if query_text else ''} HTTP/1.1"]
         lines.extend(f"{name}: {value}" for name, value in sent.items())
         return self._pool.request(method, ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"), body)
@@ -102,11 +102,11 @@ class S3:
         method: str,
         path: str,
         query: str,
-        body: memoryview | bytes | None,
+        body: Body,
     ) -> None:
         """AWS Signature Version 4. Bodies are not hashed: their integrity is checked by length and checksum."""
         now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        digest = _EMPTY_SHA256 if not body else "UNSIGNED-PAYLOAD"
+        digest = _EMPTY_SHA256 if body is None or not len(body) else "UNSIGNED-PAYLOAD"
         headers["x-amz-date"] = now
         headers["x-amz-content-sha256"] = digest
         if keys.token:
@@ -167,6 +167,73 @@ class S3:
             response.discard()  # a server that ignores ranges would send the whole object for each of them
             raise DataError(f"{self.url(key)}: the server ignores byte ranges.", url=self.url(key))
         return response
+
+    def children(self, prefix: str, token: str | None = None) -> tuple[list[Object], list[str], str | None]:
+        """One page of what is directly below `prefix`: objects, longer prefixes, and the token of the next page."""
+        query = {"list-type": "2", "prefix": prefix, "delimiter": "/", "encoding-type": "url"}
+        if token:
+            query["continuation-token"] = token
+        response = self.send("GET", "", query)
+        if response.status != 200:
+            raise self.error(response, prefix, action="list")
+        body = response.read()
+        objects, following = _parse_page(body)
+        return objects, _parse_prefixes(body), following
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, body: Body, *, md5: bytes | None = None) -> str:
+        """Write an object at once; its ETag. With `md5` the server refuses what it did not receive as it was sent."""
+        headers = {"content-type": "application/octet-stream"}
+        if md5 is not None:
+            import base64
+
+            headers["content-md5"] = base64.b64encode(md5).decode()
+        response = self.send("PUT", key, None, headers, body if body is not None else b"")
+        return self._written(response, key)
+
+    def start_multipart(self, key: str) -> str:
+        """Begin an upload in parts; its id."""
+        response = self.send("POST", key, {"uploads": ""}, {"content-type": "application/octet-stream"}, b"")
+        if response.status != 200:
+            raise self.error(response, key, action="write")
+        return _tag(response.read().decode(), "UploadId")
+
+    def put_part(self, key: str, upload: str, number: int, body: Body) -> str:
+        """Write part `number` (from 1); its ETag."""
+        return self._written(self.send("PUT", key, {"partNumber": str(number), "uploadId": upload}, None, body), key)
+
+    def complete_multipart(self, key: str, upload: str, etags: Sequence[str]) -> str:
+        """Make the object of its parts; its ETag."""
+        parts = "".join(
+            f'<Part><PartNumber>{number}</PartNumber><ETag>"{etag}"</ETag></Part>'
+            for number, etag in enumerate(etags, 1)
+        )
+        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+        response = self.send("POST", key, {"uploadId": upload}, {"content-type": "application/xml"}, body)
+        if response.status != 200:
+            raise self.error(response, key, action="write")
+        text = response.read().decode()
+        if code := _tag(text, "Code"):  # an error that came after the server had said 200
+            raise Busy(f"{self.url(key)}: the server answers {code}")
+        return _tag(text, "ETag").replace("&quot;", "").strip('"')
+
+    def abort_multipart(self, key: str, upload: str) -> None:
+        """Give up an upload; its parts are dropped."""
+        self.send("DELETE", key, {"uploadId": upload}).read()
+
+    def delete(self, key: str) -> None:
+        """Delete an object; it is no error if there is none."""
+        response = self.send("DELETE", key)
+        if response.status not in (200, 204, 404):
+            raise self.error(response, key, action="delete")
+        response.read()
+
+    def _written(self, response: Response, key: str) -> str:
+        if response.status != 200:
+            raise self.error(response, key, action="write")
+        response.read()
+        return response.headers.get("etag", "").strip('"')
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
@@ -234,8 +301,7 @@ class S3:
             if self._settings.keys is None:
                 hint = "The request was anonymous: give credentials, or leave out anon=True."
             else:
-                verb = "s3:ListBucket on the bucket" if action == "list" else f"s3:{action.title()}Object on the key"
-                hint = f"The credentials work but do not reach this: allow {verb.replace('ReadO', 'GetO')}."
+                hint = f"The credentials work but do not reach this: allow {_PERMISSIONS[action]}."
             what = f"listing {url}" if action == "list" else f"{action} access to {url}"
             return DataAccessDenied(f"{where} denies {what} ({told}).", url=url, hint=hint)
         return DataError(f"{url}: {where} answers {status}: {told}", url=url)
@@ -254,10 +320,17 @@ class S3:
         return self._settings.endpoint or f"Amazon S3 ({self._settings.region})"
 
 
+_PERMISSIONS = {
+    "list": "s3:ListBucket on the bucket",
+    "read": "s3:GetObject on the key",
+    "write": "s3:PutObject on the key",
+    "delete": "s3:DeleteObject on the key",
+}
 _MALFORMED = "AuthorizationHeaderMalformed"
 _PATIENCE = frozenset(
     {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
 )
+_PREFIXES = re.compile(r"<CommonPrefixes>(.*?)</CommonPrefixes>", re.DOTALL)
 _ENTRY = re.compile(r"<Contents>(.*?)</Contents>", re.DOTALL)
 
 
@@ -289,6 +362,12 @@ def _parse_page(body: bytes) -> tuple[list[Object], str | None]:
     ]
     token = _tag(text, "NextContinuationToken") if _tag(text, "IsTruncated") == "true" else ""
     return objects, token or None
+
+
+def _parse_prefixes(body: bytes) -> list[str]:
+    text = body.decode()
+    decode = unquote if _tag(text, "EncodingType") == "url" else str
+    return [decode(_tag(entry.group(1), "Prefix")) for entry in _PREFIXES.finditer(text)]
 
 
 def _entries(text: str) -> Iterator[str]:

@@ -1,0 +1,170 @@
+"""Write local files to a URL: many at once, large ones in parts side by side. Nothing appears that is not whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flowfn_runtime.data.http1 import FileSlice
+from flowfn_runtime.data.model import Progress
+from flowfn_runtime.data.retry import Patience
+from flowfn_runtime.data.sources import S3Source, open_source
+from flowfn_runtime.data.spec import redact
+from flowfn_runtime.errors import DataError, DataNotFound
+
+_WHOLE_BYTES = 16 << 20
+_PART_BYTES = 16 << 20
+_MOST_PARTS = 10_000  # S3's own limit
+_THREADS = 8
+
+Tell = Callable[[Progress], None]
+
+
+def upload(
+    path: str,
+    url: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    progress: Tell | None = None,
+) -> int:
+    """Write the file `path` to `url`, or all files below the directory `path` to names below `url`; the bytes written.
+
+    `url` names the object itself (for a directory: the prefix). Symbolic links are followed. Raises `DataError`s.
+    """
+    files = _files(path)
+    target = url.rstrip("/") if os.path.isdir(path) else url
+    pairs = [(file, f"{target}/{name}" if name else target) for file, name in files]
+    total = sum(os.stat(file).st_size for file, _ in pairs)
+    counter = _Counter(redact(url), total, len(pairs), progress)
+    source = open_source(url, options, env)
+    try:
+        if isinstance(source, S3Source):
+            keys = [(file, address.partition("://")[2].partition("/")[2]) for file, address in pairs]
+            if any(not key or key.endswith("/") for _, key in keys):
+                raise DataError(f"{url} names no object.", url=url, hint="Write the name too: s3://bucket/name.")
+            _S3Upload(source, counter).run(keys)
+        else:
+            from flowfn_runtime.data import access
+
+            filesystem, _ = access.filesystem(url, options)
+            for file, address in pairs:
+                with access.explained(address):
+                    name = filesystem._strip_protocol(address)
+                    filesystem.makedirs(filesystem._parent(name), exist_ok=True)
+                    filesystem.put_file(file, name)
+                counter.add(os.stat(file).st_size, 1)
+    finally:
+        source.close()
+    counter.finish()
+    return total
+
+
+def _files(path: str) -> list[tuple[str, str]]:
+    """The files to upload, each with its name below the target ("" for a single file)."""
+    if not os.path.exists(path):
+        raise DataNotFound(f"There is no {path} here.", url=path)
+    if not os.path.isdir(path):
+        return [(path, "")]
+    found = []
+    for folder, _, names in os.walk(path, followlinks=True):
+        for name in names:
+            file = os.path.join(folder, name)
+            found.append((file, os.path.relpath(file, path).replace(os.sep, "/")))
+    return sorted(found)
+
+
+class _S3Upload:
+    """Several threads work through the files, and through the parts of those that have parts."""
+
+    def __init__(self, source: S3Source, counter: _Counter) -> None:
+        self.client = source.client
+        self.counter = counter
+        self.patience = Patience(source.url)
+
+    def run(self, files: Sequence[tuple[str, str]]) -> None:
+        from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="flowfn-upload") as pool:
+            sizes = [os.stat(file).st_size for file, _ in files]
+            work = [
+                pool.submit(self._put, *pair) for pair, size in zip(files, sizes, strict=True) if size <= _WHOLE_BYTES
+            ]
+            try:
+                for (file, key), size in zip(files, sizes, strict=True):
+                    if size > _WHOLE_BYTES:
+                        self._put_parts(pool, file, key)
+                for future in wait(work, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            except BaseException:
+                self.patience.stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _put(self, file: str, key: str) -> None:
+        with open(file, "rb", buffering=0) as opened:
+            content = opened.read()
+        digest = hashlib.md5(content, usedforsecurity=False).digest()
+        self.patience.attempt(lambda: self.client.put(key, content, md5=digest))
+        self.counter.add(len(content), 1)
+
+    def _put_parts(self, pool: Any, file: str, key: str) -> None:
+        with open(file, "rb", buffering=0) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            part = max(_PART_BYTES, -(-size // _MOST_PARTS))
+            upload = self.patience.attempt(lambda: self.client.start_multipart(key))
+
+            def put(number: int) -> str:
+                start = (number - 1) * part
+                body = FileSlice(opened.fileno(), start, min(part, size - start))
+                etag = self.patience.attempt(lambda: self.client.put_part(key, upload, number, body))
+                self.counter.add(len(body), 0)
+                return etag
+
+            futures = [pool.submit(put, number) for number in range(1, -(-size // part) + 1)]
+            try:
+                etags = [future.result() for future in futures]
+                self.patience.attempt(lambda: self.client.complete_multipart(key, upload, etags))
+            except BaseException:
+                self.patience.stopped.set()
+                for future in futures:
+                    future.cancel()
+                for future in futures:
+                    if not future.cancelled():
+                        future.exception()
+                self.client.abort_multipart(key, upload)
+                raise
+            self.counter.add(0, 1)
+
+
+class _Counter:
+    def __init__(self, url: str, total: int, objects: int, tell: Tell | None) -> None:
+        self.url = url
+        self.total = total
+        self.objects = objects
+        self.tell = tell
+        self.done = [0, 0]
+        self.lock = threading.Lock()
+        self.next = 0.0
+
+    def add(self, bytes_: int, objects: int) -> None:
+        if self.tell is None:
+            return
+        with self.lock:
+            self.done[0] += bytes_
+            self.done[1] += objects
+            if (now := time.monotonic()) >= self.next:
+                self.next = now + 0.1
+                self._send()
+
+    def finish(self) -> None:
+        if self.tell is not None:
+            self._send()
+
+    def _send(self) -> None:
+        assert self.tell is not None
+        self.tell(Progress(self.url, self.done[0], self.total, self.done[1], self.objects))
