@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowfn import terminal
 from flowfn.clock import Timer, clock
@@ -27,6 +28,8 @@ LOG_KEEP_BYTES = 1 << 19  # kept of each call's output: this much of the beginni
 TYPE_ERRORS = (EOFError, ProtocolError)
 
 _numbers = itertools.count(1)
+# Held by who kills a call's worker, and by who gives it back: what is killed must not be another call's by then.
+_ending = threading.Lock()
 _run = os.urandom(4).hex()
 
 
@@ -112,10 +115,11 @@ class Call:
     def cancel(self) -> None:
         """Wherever it is: no longer wanted. A running one loses its worker."""
         self.cancelled = True
-        worker, ticket = self.worker, self.ticket
-        if worker is not None:
-            worker.kill()
-        elif ticket is not None and not ticket.cancelled:
+        with _ending:
+            worker, ticket = self.worker, self.ticket
+            if worker is not None:
+                worker.kill()
+        if worker is None and ticket is not None and not ticket.cancelled:
             ticket.gate.release()
 
 
@@ -150,8 +154,17 @@ def retry_delay(types: list[str], attempt: int, retries: Retries | None, *, seed
     return retries.delay(attempt, seed) if wanted.intersection(types) else None
 
 
-def execute(call: Call, pool: Pool) -> Any:
-    """Run the call to its end, in this thread: an Outcome, or a RemoteStream if the function generates values."""
+class Pause(NamedTuple):
+    """The call failed, and is to be executed again in so many seconds."""
+
+    seconds: float
+
+
+def execute(call: Call, pool: Pool, *, sleep: bool = True) -> Any:
+    """Run the call to its end, in this thread: an Outcome, or a RemoteStream if the function generates values.
+
+    Without `sleep` it may be a Pause: the caller has better things to do than to wait for the next attempt.
+    """
     while True:
         call.ticket = None
         worker = pool.try_acquire()
@@ -169,6 +182,7 @@ def execute(call: Call, pool: Pool) -> Any:
             pool.release(worker)
             return Outcome(error=CallCancelled(f"{call.name} was cancelled"))
         started = False
+        outcome: Outcome | RemoteStream | None
         try:
             started = start(call, worker)
             outcome = converse(call, worker, pool)
@@ -180,7 +194,8 @@ def execute(call: Call, pool: Pool) -> Any:
             raise
         if isinstance(outcome, RemoteStream):
             return outcome  # it gives the worker back
-        call.worker = None
+        with _ending:
+            call.worker = None
         if call.logs is not None:
             terminal.end_output(call.number)
         if worker.broken:
@@ -195,6 +210,9 @@ def execute(call: Call, pool: Pool) -> Any:
         delay = retry_delay(outcome.types, call.attempt, call.retries, seed=call.id)
         if delay is None or call.cancelled:
             return outcome
+        call.status = "pending"
+        if not sleep and delay:
+            return Pause(delay)
         time.sleep(delay)
 
 
@@ -249,8 +267,10 @@ def hear(call: Call, worker: Worker, frame: wire.Frame) -> None:
 
 
 def _time_is_up(call: Call, worker: Worker) -> None:
-    call.timed_out = True
-    worker.kill()
+    with _ending:
+        if call.worker is worker:
+            call.timed_out = True
+            worker.kill()
 
 
 def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Outcome | None:
@@ -265,10 +285,12 @@ def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Ou
             hint="give it more with timeout=, or less to do",
         )
         return Outcome(error=timeout, own=True)
-    if not started and not by_itself and not worker.leaving:
+    if worker.leaving:
+        return Outcome(error=CallCancelled(f"flowfn was shut down while {call.name} ran"))
+    if not started and not by_itself:
         return None
     call.losses += 1
-    if by_itself or call.losses >= MAX_LOSSES or worker.leaving:
+    if by_itself or call.losses >= MAX_LOSSES:
         return Outcome(error=lost_for_good(lost, call.name, call.losses, by_itself), own=by_itself)
     return None
 
@@ -319,7 +341,7 @@ class RemoteStream:
                     if self._taken >= STREAM_CREDIT:
                         worker.stream.send(wire.CREDIT, call=call.number, arg=self._taken)
                         self._taken = 0
-                    return pickling.loads(frame.body, frame.buffers)[0]
+                    return Outcome(data=Payload(frame.body, frame.buffers, [])).value()
                 if frame.kind == wire.LOG:
                     hear(call, worker, frame)
                 elif frame.kind == wire.RESULT:
@@ -357,7 +379,8 @@ class RemoteStream:
         worker, self._worker = self._worker, None
         if self._timer is not None:
             self._timer.cancel()
-        self._call.worker = None
+        with _ending:
+            self._call.worker = None
         if self._call.logs is not None:
             terminal.end_output(self._call.number)
         if worker is not None:
@@ -365,8 +388,6 @@ class RemoteStream:
 
     def __del__(self) -> None:
         if getattr(self, "_worker", None) is not None:
-            import threading
-
             threading.Thread(target=self.close, daemon=True).start()
 
     def __aiter__(self) -> RemoteStream:
@@ -380,6 +401,12 @@ class RemoteStream:
         if value is end:
             raise StopAsyncIteration
         return value
+
+
+def forget() -> None:
+    """In a forked child: nobody holds the lock."""
+    global _ending
+    _ending = threading.Lock()
 
 
 STREAM_CREDIT = 8  # half of what the worker may be ahead

@@ -54,6 +54,7 @@ class Courier:
         self.chunks: deque[Chunk] = deque()
         self.timer: Timer | None = None
         self.timed_out = False
+        self.watched = 0  # how often the timer was set
         self.item_s = 0.0
         self.plain = True
 
@@ -255,14 +256,18 @@ class Courier:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+        with self.of.lock:
+            self.watched += 1  # who is found late from now on is found so too late
         if not stop:
-            worker = self.worker
-            self.timer = clock.later(max(0.0, timeout - item_s) + (1.0 if silent else 0.0), lambda: self.late(worker))
+            worker, number = self.worker, self.watched
+            seconds = max(0.0, timeout - item_s) + (1.0 if silent else 0.0)
+            self.timer = clock.later(seconds, lambda: self.late(worker, number))
 
-    def late(self, worker: Worker | None) -> None:
-        self.timed_out = True
-        if worker is not None:
-            worker.kill()
+    def late(self, worker: Worker | None, number: int) -> None:
+        with self.of.lock:
+            if self.watched == number and worker is not None:
+                self.timed_out = True
+                worker.kill()
 
     def lost(self, error: BaseException) -> None:
         """The worker is gone: decide for each of its items."""
@@ -270,6 +275,8 @@ class Courier:
         assert worker is not None
         if self.timer is not None:
             self.timer.cancel()
+        with run.lock:
+            self.watched += 1
         lost, by_itself = worker.lost(error)
         self.worker = None
         timed_out, self.timed_out = self.timed_out, False

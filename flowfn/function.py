@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 
 from flowfn import body as bodies_here
 from flowfn import pool as pools
+from flowfn.clock import clock
 from flowfn.shared import Shared
 from flowfn.spec import FunctionSpec
 from flowfn_runtime import bodies, pickling
-from flowfn_runtime.errors import SerializationError, ValidationError
+from flowfn_runtime.errors import CallCancelled, SerializationError, ValidationError
 
 if TYPE_CHECKING:
     from flowfn.call import Call
@@ -294,17 +295,26 @@ def _here(value: Any) -> Any:
 
 def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:
     """Run the call in a helper thread of its pool, for the future."""
-    from flowfn.call import Outcome, execute
+    from flowfn.call import Outcome, Pause, execute
 
     def job() -> None:
         if not future._start():
             return
         try:
-            outcome = execute(call, pool)
+            outcome = execute(call, pool, sleep=False)
         except BaseException as error:
             outcome = Outcome(error=error)
+        if isinstance(outcome, Pause):
+            clock.later(outcome.seconds, again)
+            return
         del call.payload  # the future may be kept for long, and need not keep the arguments
         future._finish(outcome)
+
+    def again() -> None:
+        try:
+            pool.run_later(job)
+        except CallCancelled as error:
+            future._finish(Outcome(error=error))
 
     pool.run_later(job)
 

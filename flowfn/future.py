@@ -51,12 +51,9 @@ class Future(concurrent.futures.Future[R]):
                 return False
             if self._state in (_base.CANCELLED, _base.CANCELLED_AND_NOTIFIED):
                 return True
-            running = self._state == _base.RUNNING
-            self._state = _base.CANCELLED
-            if running:
-                for waiter in self._waiters:
-                    waiter.add_cancelled(self)
-                self._state = _base.CANCELLED_AND_NOTIFIED
+            for waiter in self._waiters:  # now, and not when a thread gets to it, as they wait for that
+                waiter.add_cancelled(self)
+            self._state = _base.CANCELLED_AND_NOTIFIED
             self._condition.notify_all()
         self._call.cancel()
         self._invoke_callbacks()  # type: ignore[attr-defined]
@@ -90,12 +87,9 @@ class Future(concurrent.futures.Future[R]):
     # What the pool's threads say.
 
     def _start(self) -> bool:
-        """The call is about to run. False if it was cancelled before."""
+        """The call is about to run, for the first time or once more. False if it was cancelled before."""
         with self._condition:
             if self._state in (_base.CANCELLED, _base.CANCELLED_AND_NOTIFIED):
-                for waiter in self._waiters:
-                    waiter.add_cancelled(self)
-                self._state = _base.CANCELLED_AND_NOTIFIED
                 return False
             self._state = _base.RUNNING
             return True

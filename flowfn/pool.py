@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -320,8 +321,6 @@ def shutdown() -> None:
 def _at_exit() -> None:
     waiting = sum(pool.unfinished for pool in [*_pools.values(), *_kept])
     if waiting:
-        import sys
-
         calls = "1 call was" if waiting == 1 else f"{waiting} calls were"
         print(
             f"flowfn: {calls} not finished when the program ended, and cancelled; "
@@ -337,6 +336,8 @@ def _after_fork() -> None:
     from flowfn import clock as clock_module
 
     _lock = threading.Lock()
+    if (calls := sys.modules.get("flowfn.call")) is not None:
+        calls.forget()
     current = next(_generations)
     clock_module.forget()
     for pool in [*_pools.values(), *_kept]:

@@ -15,6 +15,7 @@ from typing import Any
 from . import pickling
 from .errors import RemoteError
 
+_MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _MAX_CHAIN = 32  # causes and contexts that are followed
 try:
     _GROUP: tuple[type, ...] = (BaseExceptionGroup,)  # type: ignore[name-defined,unused-ignore]
@@ -71,7 +72,7 @@ def _text(error: BaseException) -> str:
 
 
 def _frames(traceback: types.TracebackType | None) -> list[tuple[str, str, int]]:
-    frames = []
+    frames: list[tuple[str, str, int]] = []
     while traceback is not None and len(frames) < 1000:
         code = traceback.tb_frame.f_code
         frames.append((code.co_filename, code.co_name, traceback.tb_lineno))
@@ -148,7 +149,11 @@ def _rebuild(way: tuple[Any, ...], members: list[BaseException] | None = None) -
             error = (OSError if issubclass(kind, OSError) else BaseException).__new__(kind)
         error.args = args
     if isinstance(state, dict):
-        error.__dict__.update(state)
+        for name, value in state.items():
+            if type(getattr(kind, name, None)) in _MEMBERS:  # such as an ImportError's name
+                setattr(error, name, value)
+            else:
+                error.__dict__[name] = value
     elif state is not None:
         error.__setstate__(state)
     return error

@@ -77,7 +77,7 @@ def is_plain(value: Any, depth: int = _DEPTH) -> bool:
         if not PLAIN.issuperset(map(type, value)):
             return False
         value = value.values()
-    return all([type(item) in PLAIN or is_plain(item, depth - 1) for item in value])
+    return all([type(item) in PLAIN or is_plain(item, depth - 1) for item in value])  # noqa: C419 - a list is faster
 
 
 def dumps(value: Any, *, in_band: bool = False) -> Payload:
@@ -100,7 +100,7 @@ def _has_big_bytes(value: Any, depth: int = _DEPTH) -> bool:
         return len(value) >= OUT_OF_BAND_BYTES
     if kind not in _PLAIN_CONTAINERS or len(value) > _SMALL or not depth:
         return False
-    return any([_has_big_bytes(item, depth - 1) for item in (value.values() if kind is dict else value)])
+    return any(_has_big_bytes(item, depth - 1) for item in (value.values() if kind is dict else value))
 
 
 def _dumps_general(value: Any, *, in_band: bool = False) -> Payload:
