@@ -25,16 +25,34 @@ try:
 except ImportError as error:
     raise ImportError("flowfn.testing needs pytest: pip install pytest") from error
 
-for _name in ("base", "calls"):
+for _name in ("base", "calls", "control", "failures", "maps"):
     pytest.register_assert_rewrite(f"flowfn.testing.{_name}")
 
 from .base import FEATURES, Contract, Meeting, needs  # noqa: E402
 from .calls import Generators, Identity, Kinds, Values  # noqa: E402
+from .control import Cancelling, Futures, LostWorkers, Retrying, Timeouts, Versions  # noqa: E402
+from .failures import Exceptions, Logs, Serialization  # noqa: E402
+from .maps import Maps  # noqa: E402
 
 __all__ = ["FEATURES", "BackendContract", "Contract", "Meeting", "needs"]
 
 
-class BackendContract(Generators, Kinds, Values, Identity):
+class BackendContract(
+    Versions,
+    LostWorkers,
+    Retrying,
+    Timeouts,
+    Cancelling,
+    Futures,
+    Maps,
+    Logs,
+    Serialization,
+    Exceptions,
+    Generators,
+    Kinds,
+    Values,
+    Identity,
+):
     """All cases. Subclass it in a test module, and define a fixture `backend`.
 
     Attributes to override: `unsupported`, `gpus`, `address`. Fixtures to override: `backend`, and `scratch` if workers

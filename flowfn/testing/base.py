@@ -16,7 +16,6 @@ from typing import Any, ClassVar, TypeVar
 import pytest
 
 import flowfn as flow
-from flowfn.function import Function
 
 Case = TypeVar("Case", bound=Callable[..., None])
 
@@ -155,8 +154,8 @@ class Contract:
         yield place
         place.close()
 
-    def function(self, function: Callable[..., Any], **options: Any) -> Function[..., Any]:
-        """The function on the backend under test."""
+    def function(self, function: Callable[..., Any], **options: Any) -> Any:
+        """The function's handle on the backend under test."""
         return flow.function(**{"backend": self._backend, **options})(function)
 
     def assert_refused(self, feature: str, options: dict[str, Any]) -> None:

@@ -147,12 +147,8 @@ class Values(Contract):
         back = self.function(same).remote(arrays)
         for name, array in arrays.items():
             for got, given in zip(back[name], array, strict=True) if name == "many" else [(back[name], array)]:
-                assert (
-                    got.dtype == given.dtype
-                    and got.shape == given.shape
-                    and got.tobytes() == given.tobytes()
-                    or (name == "objects" and got.tolist() == given.tolist())
-                ), name
+                assert got.dtype == given.dtype and got.shape == given.shape, name
+                assert got.tolist() == given.tolist(), name
 
     def test_results_stay_whole_while_others_follow(self) -> None:
         """Memory that is used again must not be used while somebody has it."""
@@ -291,7 +287,7 @@ class Kinds(Contract):
 
         decorated = self.function(double)
 
-        def twice(x: int) -> int:
+        def twice(x: int) -> Any:
             return decorated(decorated.local(x))
 
         assert self.function(twice).remote(3) == 12
@@ -351,7 +347,7 @@ class Kinds(Contract):
     def test_in_a_running_loop_remote_names_the_awaitable_form(self) -> None:
         function = self.function(lambda: 5, name="blocking")
 
-        async def main() -> int:
+        async def main() -> Any:
             with pytest.warns(RuntimeWarning, match=r"await blocking\.spawn"):
                 value: int = function.remote()
             with warnings.catch_warnings():
