@@ -64,3 +64,9 @@ def test_a_script_is_executable_and_parses(script: Path) -> None:
     assert os.access(script, os.X_OK)
     shell = script.read_text().splitlines()[0].split("/")[-1].split()[-1]
     assert subprocess.run([shell, "-n", script], capture_output=True).returncode == 0
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    # pytest's default import mode puts each folder on sys.path, so that workers can import the tests' functions.
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
