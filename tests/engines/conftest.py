@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import engines
+import pytest
+import sshd
+from sshd import Sshd
+
+
+@pytest.fixture(scope="session")
+def ssh_server() -> Iterator[Sshd]:
+    """An SSH server on loopback with three declared GPUs, for the whole session."""
+    engines.need(sshd.why_not())
+    server = Sshd(FLOW_GPUS="a100:2,h100:1").start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def ssh_servers() -> Iterator[Callable[..., Sshd]]:
+    """Starts further SSH servers, of the test's own: call it with what `Sshd` takes."""
+    engines.need(sshd.why_not())
+    started: list[Sshd] = []
+
+    def start(**options: object) -> Sshd:
+        if "hostname" in options:
+            engines.need(engines.namespaces())
+        started.append(Sshd(**options).start())  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.remove()

@@ -1,0 +1,32 @@
+"""The ssh backend keeps the contract of backends, against a real server and as another user than the tests'."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sshd import Sshd
+
+import flowfn as flow
+from flowfn.backends.ssh import SshBackend
+from flowfn.testing import BackendContract
+
+
+class TestSsh(BackendContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, ssh_server: Sshd) -> Iterator[SshBackend]:
+        backend = SshBackend(ssh_server.url, config=str(ssh_server.config), python=ssh_server.python("numpy"))
+        yield backend
+        flow.shutdown()
+        backend.close()
+
+    @pytest.fixture
+    def scratch(self, ssh_server: Sshd) -> Path:
+        place = ssh_server.root / uuid.uuid4().hex
+        place.mkdir()
+        shutil.chown(place, ssh_server.user)
+        return place
