@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Never part of a project, unless a .flowignore takes it back: version control, environments, caches.
+NEVER = (".git", ".hg", ".svn")  # part of no project, whatever is said
+# Not part of a project either, unless a .flowignore takes it back: environments, caches.
 DEFAULTS = (
-    ".git",
-    ".hg/",
-    ".svn/",
     "__pycache__/",
     "*.py[cod]",
     ".venv/",
