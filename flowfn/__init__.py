@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flowfn.function import Function as Function
     from flowfn.function import function as function
     from flowfn.future import Future as Future
+    from flowfn.image import Image as Image
     from flowfn.map import Map as Map
     from flowfn.pool import shutdown as shutdown
     from flowfn.references import Dir as Dir
@@ -89,6 +90,7 @@ _WHERE = {
     "flowfn.executor": ["Executor"],
     "flowfn.function": ["Function", "function"],
     "flowfn.future": ["Future"],
+    "flowfn.image": ["Image"],
     "flowfn.map": ["Map"],
     "flowfn.pool": ["shutdown"],
     "flowfn.references": ["Dir", "File", "Output", "Partition", "StagedPath", "files", "partitions", "upload"],

@@ -17,6 +17,7 @@ Then this process becomes the host of the worker. Until then the end of the stre
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -141,6 +142,14 @@ class Start:
             self._leases.append(self.request["alive_fd"])
         if roots := self.setup.get("roots"):
             self._lay_out(roots)
+        if image := self.setup.get("image"):
+            from . import environments
+
+            place, lease = environments.ready(image, self.client.tell, self.env)
+            self._leases.append(lease)
+            self.python = f"{place}/bin/python"
+            path = f"{place}/bin:{os.environ.get('PATH', os.defpath)}"
+            self.env = {"VIRTUAL_ENV": place, "PATH": path, **image["env"], **self.env}
         if mounts := self.setup.get("mounts"):
             self._stage(mounts)
 
@@ -149,7 +158,7 @@ class Start:
 
         places = []
         for digest in digests:
-            place, lease = checkout.get(digest, lambda digest: self._fetch(digest))
+            place, lease = checkout.get(digest, functools.partial(self._fetch, digest))
             places.append(place)
             self._leases.append(lease)
         self.request["sys_path"] = [os.path.normpath(f"{places[n]}/{path}") for n, path in self.setup["sys_path"]]
