@@ -120,7 +120,7 @@ class Relay:
             meta = self._hello(meta)
         try:
             stream.send(
-                kind, call=call, arg=arg, flags=flags, meta=meta, body=body, buffers=[*map(memoryview, buffers)]
+                kind, call=call, arg=arg, flags=flags, meta=meta, body=body, buffers=[memoryview(b) for b in buffers]
             )
         except EOFError:
             pass  # `take` says so
@@ -146,7 +146,7 @@ class Relay:
         """The next frames of the worker: one, and what else has come; none when it has ended."""
         import numpy
 
-        frames = []
+        frames: list[Any] = []
         stream = self._connection.stream
         try:
             while not frames or stream.pending:
@@ -344,7 +344,7 @@ class RayBackend(Backend):
         for name in ray.cluster_resources():
             kind, _, accelerator = name.partition("accelerator_type:")
             if not kind and accelerator.lower().replace("-", "").startswith(model.lower().replace("-", "")):
-                return accelerator
+                return str(accelerator)
         return None
 
     def _fallback(self, spec: FunctionSpec) -> Any:
