@@ -71,7 +71,12 @@ def submit_function(spec: FunctionSpec, fn: Callable[..., Any], args: tuple[Any,
         max_run_time_hours=spec.timeout / 3600 if spec.timeout else None,
         retries=spec.retries or 0,
     )
-    call = Call(payload=callfile.dumps(callfile.CALL, payload), title=f"{function.__module__}:{name}")
+    call = Call(
+        payload=callfile.dumps(callfile.CALL, payload),
+        title=f"{function.__module__}:{name}",
+        cpus=spec.cpu,
+        memory_bytes=spec.memory,
+    )
     return Task(taskdb.get(submit(config, call=call)))
 
 

@@ -35,6 +35,8 @@ class Call:
     payload: bytes
     title: str  # for listings
     mounts: tuple[Mount, ...] = ()  # data that its arguments name
+    cpus: float | None = None  # cores
+    memory_bytes: int | None = None  # of all its processes together
 
 
 def submit(task: TaskConfig, *, settings: configuration.Config | None = None, call: Call | None = None) -> str:
@@ -126,7 +128,7 @@ def _plan(task: TaskConfig, settings: configuration.Config, call: Call | None) -
     depends_on = [taskdb.find(wanted, settings.project).id for wanted in task.depends_on]
     code = _snapshot(task)
     # Last, since it may create volumes: nothing is created for a task that is refused.
-    mounts, ephemeral, block = _volumes(task, settings)
+    mounts, ephemeral, block, urls = _volumes(task, settings)
     mounts += call.mounts if call else ()
     retries = task.retry_policy()
     return {
@@ -138,6 +140,7 @@ def _plan(task: TaskConfig, settings: configuration.Config, call: Call | None) -
         "env": dict(task.env),
         "mounts": [mount.to_dict() for mount in mounts],
         "ephemeral": ephemeral,
+        "volume_urls": urls,
         "gpus": gpus,
         "nodes": task.num_instances,
         "ports": task.ports,
@@ -146,6 +149,9 @@ def _plan(task: TaskConfig, settings: configuration.Config, call: Call | None) -
         "max_run_time_s": (task.max_run_time_hours or 0) * 3600,
         "retry_delays_s": [retries.delay(attempt, task_id) for attempt in range(1, retries.max_retries + 1)],
         "depends_on": depends_on,
+        "cpus": call.cpus if call else None,
+        "memory_bytes": call.memory_bytes if call else None,
+        "sys_path": _import_path(task) if call else [],
         "grace_s": _grace_s(),
         "block_volumes": block,
         "python": sys.executable,
@@ -237,18 +243,36 @@ def _code_root(task: TaskConfig) -> str | None:
     return root
 
 
-def _volumes(task: TaskConfig, settings: configuration.Config) -> tuple[tuple[Mount, ...], list[str], list[str]]:
-    """The mounts, the targets of unnamed volumes, and the ids of the volumes that no other task may have meanwhile."""
+def _import_path(task: TaskConfig) -> list[str]:
+    """Where this process finds modules, as a task finds them: the project's directories are where its files are."""
+    root = _code_root(task)
+    found = []
+    for entry in sys.path:
+        path = os.path.abspath(entry or ".")
+        if root is not None and (path == root or path.startswith(root + "/")) and "-packages" not in path:
+            path = os.path.normpath(os.path.join(task.working_dir, os.path.relpath(path, root)))
+        found.append(path)
+    return found
+
+
+def _volumes(
+    task: TaskConfig, settings: configuration.Config
+) -> tuple[tuple[Mount, ...], list[str], list[str], dict[str, str]]:
+    """The mounts, the targets of unnamed volumes, the ids of the volumes that no other task may have meanwhile, and
+    where volumes are by their URLs."""
     region = task.region or settings.region
     named, ephemeral, mounts = _named_volumes(task, settings)
     found = [(_find(spec, region, settings), spec, target, inside) for spec, target, inside in named]
-    block = []
+    block: list[str] = []
+    urls: dict[str, str] = {}
     for volume, spec, target, inside in found:
         volume = volume or _create(spec, region, settings, task.num_instances)
         mounts.append(Mount(f"volume://{volume.id}{inside}", target))
+        for name in (volume.id, volume.name):
+            urls |= {f"volume://{name}{inside}": target} if name else {}
         if volume.interface == "block":
             block.append(volume.id)
-    return tuple(mounts), ephemeral, sorted(set(block))
+    return tuple(mounts), ephemeral, sorted(set(block)), urls
 
 
 def _named_volumes(

@@ -47,6 +47,7 @@ class Supervisor:
         self._started_at: float | None = None
         self._attempts = 0
         self._nodes: Nodes | None = None
+        self._error: FlowError | None = None  # what a call's result is to raise, if not what its function did
 
     def run(self) -> Ended:
         """Take the task to its end; returns how it ended, which is also written down. Raises nothing."""
@@ -65,7 +66,7 @@ class Supervisor:
         except Interrupted:
             ended = self._cancelled()
         except FlowError as error:
-            ended = Ended("failed", str(error))
+            ended = self._raised(error)
         except BaseException as error:
             import traceback
 
@@ -148,6 +149,7 @@ class Supervisor:
     def _watch(self, pids: list[int], deadline: float | None) -> Ended:
         """Until every node has ended: one that fails, the deadline, and a request to cancel end all others."""
         running, verdict, kill_at = set(pids), None, None
+        memory = _Memory(self) if self.spec["memory_bytes"] else None
         while running:
             for pid, code in proctree.reap().items():
                 if pid in running:
@@ -160,8 +162,7 @@ class Supervisor:
             if self._wakeup.asked and (verdict is None or verdict.state != "cancelled"):
                 verdict, deadline = self._cancelled(), None
             elif deadline is not None and now >= deadline:
-                hours = self.spec["max_run_time_s"] / 3600
-                verdict, deadline = Ended("failed", f"it ran longer than max_run_time_hours={hours:g}"), None
+                verdict, deadline = self._too_long(), None
             if verdict is not None:
                 if kill_at is None:
                     kill_at = now + self.spec["grace_s"]
@@ -170,7 +171,12 @@ class Supervisor:
                 elif now >= kill_at:
                     for pid in running:
                         proctree.send(pid, signal.SIGKILL)  # the sandbox's own processes die with it
-            waits = [when for when in (deadline, kill_at) if when is not None and when > now]
+            if verdict is None and memory is not None:
+                verdict = memory.check(running)
+                if verdict is not None:
+                    continue
+            times = (deadline, kill_at, None if memory is None else memory.again)
+            waits = [when for when in times if when is not None and when > now]
             self._wakeup.sleep(min(waits, default=None))
         proctree.reap_all()
         return verdict or Ended("completed", "", 0)
@@ -180,6 +186,31 @@ class Supervisor:
     def _cancelled(self) -> Ended:
         reason = taskdir.cancel_reason(self.directory)
         return Ended("cancelled", reason if reason is not None else "its supervisor got SIGTERM")
+
+    def _too_long(self) -> Ended:
+        from .errors import FunctionTimeout
+
+        limit = self.spec["max_run_time_s"]
+        if self.spec["call"]:
+            return self._raised(FunctionTimeout(f"the call ran longer than timeout={limit:g} s"))
+        return Ended("failed", f"it ran longer than max_run_time_hours={limit / 3600:g}")
+
+    def _raised(self, error: FlowError) -> Ended:
+        """The task fails by an error of ours; who asks for a call's result gets that very error."""
+        if self.spec["call"]:
+            self._error = error
+        return Ended("failed", str(error))
+
+    def _keep_result(self) -> None:
+        """Give the call's outcome its name, now that it is final."""
+        part = os.path.join(self.directory, "result.part")
+        if self._error is not None:
+            from . import callfile, exceptions
+
+            with open(part, "wb") as file:
+                callfile.write(file.fileno(), callfile.ERROR, exceptions.dumps(self._error))
+        if os.path.exists(part):
+            os.replace(part, os.path.join(self.directory, "result"))
 
     def _note(self, text: str) -> None:
         if self._nodes is not None:
@@ -197,8 +228,11 @@ class Supervisor:
         if ended.state == "failed" and ended.reason and self._attempts == 0:
             self._note(ended.reason)
         try:
-            if self.spec["call"] and os.path.exists(part := os.path.join(self.directory, "result.part")):
-                os.replace(part, os.path.join(self.directory, "result"))
+            if self.spec["call"]:
+                self._keep_result()
+        except OSError as error:
+            _say(f"the result can't be written: {error}")
+        try:
             taskdir.write_outcome(self.directory, outcome)
         except OSError as error:
             _say(f"the outcome can't be written: {error}")
@@ -213,6 +247,36 @@ class Supervisor:
             _say(str(error))  # whoever reads next settles it from the outcome
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # by name: a process forked by the client may have the same open file
         os.close(self._lock_fd)
+
+
+class _Memory:
+    """Looks after the memory limit of a task: the nodes' processes together, sampled."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._limit: int = supervisor.spec["memory_bytes"]
+        self._peak = 0
+        self.again = 0.0  # when to look again, by the monotonic clock
+
+    def check(self, pids: set[int]) -> Ended | None:
+        """How the task ends, if it is over its limit. Its processes are killed: they would only take more."""
+        from . import limits
+
+        started = time.monotonic()
+        used = sum(limits.tree_memory(pid, limit=self._limit) for pid in pids)
+        self._peak = max(self._peak, used)
+        now = time.monotonic()
+        self.again = now + limits.sample_interval(used, self._limit, now - started)
+        if used <= self._limit:
+            return None
+        for pid in pids:
+            proctree.send(pid, signal.SIGKILL)
+        from .errors import OutOfMemory
+
+        mib = 2**20
+        error = OutOfMemory(f"it used {self._peak / mib:.0f} MiB of memory, more than its {self._limit / mib:.0f} MiB")
+        error.limit_bytes, error.peak_bytes = self._limit, self._peak
+        return self._supervisor._raised(error)
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ to the task's log like the output of any command; so does the traceback of what 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import types
@@ -117,6 +118,8 @@ def main() -> None:
     call_fd, result_fd = int(os.environ.pop(CALL_FD)), int(os.environ.pop(RESULT_FD))
     for fd in (call_fd, result_fd):
         os.set_inheritable(fd, False)
+    known = json.loads(os.environ.pop("FLOW_CALL_PATH"))
+    sys.path[:] = known + [entry for entry in sys.path if entry not in known]
     kind, payload = run(call_fd)
     try:
         callfile.write(result_fd, kind, payload)

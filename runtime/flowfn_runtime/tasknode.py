@@ -51,6 +51,11 @@ class Nodes:
 
         fcntl.flock(self._tree, fcntl.LOCK_EX)
         os.set_inheritable(self._tree, True)
+        if self._spec["cpus"]:
+            from . import limits
+
+            # This process's cores and variables, which everything that it starts has as well.
+            limits.set_cpu(self._spec["cpus"], keep=list(self._spec["env"]))
         # Volumes before GPUs: no task ever holds devices while it waits for something else.
         self._stage(report)
         self._claim(report)
@@ -182,6 +187,13 @@ class Nodes:
             volume = os.path.join(scratch, f"volume-{number}")
             os.makedirs(volume, exist_ok=True)
             binds.append(Bind(volume, target, False))
+        hide = [paths.home(), paths.cache()]
+        if spec["call"]:
+            from .data import store
+
+            # References are staged into the cache from inside, and what is too big for them goes into the store.
+            binds += [Bind(path, path, False) for path in store.shared_dirs()]
+            hide.remove(paths.cache())
         if spec["code"]:
             project.lay_out(spec["code"], os.path.join(paths.home(), "code"), workspace)
         devices = self._devices(rank)
@@ -199,7 +211,7 @@ class Nodes:
             binds,
             cwd=cwd,
             workdir_host=workdir,
-            hide=(paths.home(), paths.cache()),
+            hide=hide,
             readable=spec["readable"],
             devices=None if devices else (),
         )
@@ -219,6 +231,8 @@ class Nodes:
         return [bash or "/bin/sh", "-c", command]
 
     def _environment(self, rank: int, port: int, devices: list[Gpu]) -> dict[str, str]:
+        import json
+
         from .sandbox import environment
 
         spec = self._spec
@@ -246,6 +260,13 @@ class Nodes:
             "PET_RDZV_ENDPOINT": f"{address}:{port}",
             "PET_RDZV_ID": spec["id"],
         }
+        if spec["call"]:
+            from .data.references import UPLOAD_LOCAL
+
+            env |= {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache(), UPLOAD_LOCAL: "1"}
+            env["FLOW_CALL_PATH"] = json.dumps(spec["sys_path"])
+        if spec["volume_urls"]:
+            env["FLOW_MOUNTS"] = json.dumps(spec["volume_urls"])
         env["CUDA_VISIBLE_DEVICES"] = env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.visible for gpu in devices)
         return environment(env | spec["env"])
 
