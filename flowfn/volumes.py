@@ -18,7 +18,15 @@ from . import config
 if TYPE_CHECKING:
     from flowfn_runtime.data.volumefs import VolumeFileSystem as VolumeFileSystem
 
-__all__ = ["Volume", "create_volume", "delete_volume", "get_volume", "list_volumes", "volume_usage_bytes"]
+__all__ = [
+    "Volume",
+    "commit_volume",
+    "create_volume",
+    "delete_volume",
+    "get_volume",
+    "list_volumes",
+    "volume_usage_bytes",
+]
 
 
 def create_volume(
@@ -71,12 +79,21 @@ def volume_usage_bytes(id_or_name: str | Volume, *, project: str | None = None) 
     return _volumes.check_size(id_or_name)
 
 
+def commit_volume(id_or_name: str, *, project: str | None = None) -> bool:
+    """Write what this host changed in a volume back to the bucket that holds it (`FLOW_VOLUMES`); False if nothing.
+
+    It is done anyhow when the last user on this host is gone. Raises `VolumeConflict` if another host was first.
+    """
+    return _volumes.commit(id_or_name, project or _project())
+
+
 def _project() -> str:
     return config.load().project
 
 
 # `volume://` URLs on this side mean the project that the client works in.
 _volumes.project_from = _project
+_volumes.bucket_url_from = lambda: config.load().volumes
 
 
 def __getattr__(name: str) -> Any:

@@ -243,7 +243,7 @@ for n in range(30):
         except (VolumeInUse, VolumeNotFound):
             pass
     else:
-        with volumes.attach("models") as held:
+        with volumes.attach("models", wait=True) as held:
             path = os.path.join(held.path, f"{os.getpid()}-{n}")
             open(path, "w").close()
             volumes.get("models")

@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from ..errors import DataAccessDenied, DataError, DataNotFound, FlowError, VolumeError
-from . import volumes
+from . import volume_db, volumes
 
 MOUNTS = "FLOW_MOUNTS"
 
@@ -89,6 +89,8 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
             )
         project = self.project or volumes.current_project()
         try:
+            if bucket_url := volumes.bucket_url_from():
+                return _copy(bucket_url, name, project, create), rest
             if create and not volumes.is_id(name):
                 return volumes.find_or_create(name, project=project).path, rest
             return volumes.get(name, project).path, rest
@@ -234,6 +236,17 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
             raise DataAccessDenied(
                 f"volume://{clean} is a whole volume", url=f"volume://{clean}", hint=f"flow volume rm {clean}"
             )
+
+
+_copies: dict[tuple[str, ...], volumes.Attachment] = {}
+
+
+def _copy(bucket_url: str, name: str, project: str, create: bool) -> str:
+    """This host's copy of a volume in a bucket: attached at the first use, written back when this process is gone."""
+    key = (bucket_url, volume_db.root(), project, name, str(os.getpid()))
+    if key not in _copies:
+        _copies[key] = volumes.attach(name, project, create=create)
+    return _copies[key].path
 
 
 def _mounted() -> dict[str, str]:

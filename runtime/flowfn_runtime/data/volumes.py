@@ -1,28 +1,32 @@
-"""The registry of volumes on this host, and the locks that say who uses one.
+"""Volumes: made, found, listed, deleted and used.
 
 A volume is a directory, `FLOW_HOME/volumes/<id>/data`, and a row in `FLOW_HOME/volumes/registry.db`. Who uses a volume
 is not written down anywhere: users hold a kernel lock on `FLOW_HOME/volumes/<id>/lock`, which goes when the last
 process that inherited it dies, however it dies. So a killed task can't leave a volume locked.
 
 Two kinds of lock: functions, and tasks on `file` volumes, share one; a task on a `block` volume has it to itself.
+
+With `FLOW_VOLUMES=s3://bucket/prefix` the registry and the data are in the bucket (volume_bucket); the directory is a
+working copy (volume_sync): fetched when the first user on this host attaches, written back when the last is gone.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ValidationError, VolumeError, VolumeInUse, VolumeNotFound
-from . import volume_db
+from . import volume_db, volume_files, volume_locks
+from .volume_locks import Attachment as Attachment
 
 if TYPE_CHECKING:
     import sqlite3
+
+    from .volume_bucket import Bucket
 
 Interface = Literal["block", "file"]
 
@@ -62,35 +66,6 @@ class Volume:
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
         return asdict(self)
-
-
-class Attachment:
-    """A volume in use: the lock that keeps it from deletion (and, if exclusive, from every other user).
-
-    `fd` is inheritable: a process that inherits it holds the volume too, and the kernel frees the volume when the last
-    holder is gone. `close()` lets go in this process.
-    """
-
-    def __init__(self, volume: Volume, fd: int, *, exclusive: bool) -> None:
-        self.volume = volume
-        self.path = volume.path
-        self.fd = fd
-        self.exclusive = exclusive
-
-    def close(self) -> None:
-        """Let go of the volume in this process. Safe to call twice."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Attachment {self.volume.label} at {self.path}{' exclusive' if self.exclusive else ''}>"
 
 
 # -- what may be asked for ---------------------------------------------------------------------------------------------
@@ -134,7 +109,12 @@ def _project_from_environment() -> str:
     return os.environ.get("FLOW_PROJECT") or DEFAULT_PROJECT
 
 
+def _bucket_from_environment() -> str | None:
+    return os.environ.get("FLOW_VOLUMES")
+
+
 project_from: Callable[[], str] = _project_from_environment
+bucket_url_from: Callable[[], str | None] = _bucket_from_environment  # the client replaces this one, too
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -157,15 +137,22 @@ def create(
         check_name(name)
     _check(size_gb, interface, region, project)
 
-    def insert(db: sqlite3.Connection) -> Volume:
-        if name is not None and (there := _select(db, name, project)):
-            raise VolumeError(
-                f"project {project!r} has a volume named {name!r} already ({there.id})",
-                hint=f"use it by its name, or delete it first: flow volume rm {name}",
-            )
-        return _insert(db, name, size_gb, interface, region, project)
+    volume = _new(name, size_gb, interface, region, project)
 
-    return volume_db.write(insert)
+    def insert(db: sqlite3.Connection) -> Volume:
+        return (_select(db, name, project) if name else None) or _insert(db, volume)
+
+    if bucket := _bucket():
+        taken = bucket.create(_record(volume))
+        there = _from_record(taken) if taken else volume
+    else:
+        there = volume_db.write(insert)
+    if there is not volume:
+        raise VolumeError(
+            f"project {project!r} has a volume named {name!r} already ({there.id})",
+            hint=f"use it by its name, or delete it first: flow volume rm {name}",
+        )
+    return volume
 
 
 def find_or_create(
@@ -182,15 +169,20 @@ def find_or_create(
     """
     check_name(name)
     _check(size_gb, interface, region, project)
-    if there := volume_db.read(lambda db: _select(db, name, project)):
+    if there := find(name, project):
         return there
-    return volume_db.write(
-        lambda db: _select(db, name, project) or _insert(db, name, size_gb, interface, region, project)
-    )
+    volume = _new(name, size_gb, interface, region, project)
+    if bucket := _bucket():
+        first = bucket.create(_record(volume))
+        return _from_record(first) if first else volume
+    return volume_db.write(lambda db: _select(db, name, project) or _insert(db, volume))
 
 
 def find(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume | None:
     """The project's volume of this id or name, or None."""
+    if bucket := _bucket():
+        record = (bucket.by_id if is_id(id_or_name) else bucket.by_name)(id_or_name, project)
+        return _from_record(record) if record else None
     return volume_db.read(lambda db: _select(db, id_or_name, project))
 
 
@@ -209,7 +201,9 @@ def get(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
 
 
 def list_volumes(project: str | None = DEFAULT_PROJECT) -> list[Volume]:
-    """The project's volumes, oldest first; of all projects if `project` is None."""
+    """The project's volumes, oldest first; of all projects (of this host) if `project` is None."""
+    if project is not None and (bucket := _bucket()):
+        return sorted(map(_from_record, bucket.list(project)), key=lambda volume: (volume.created_at, volume.id))
 
     def rows(db: sqlite3.Connection) -> list[Volume]:
         found = db.execute(
@@ -226,12 +220,19 @@ def delete(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
     """Delete a volume and all that is in it; return what it was.
 
     Raises `VolumeInUse` while anything uses it. Nothing can attach to it in between: the check and the deletion are
-    one step.
+    one step. (Of a volume in a bucket, other hosts' users are not seen; they get an error, and keep what they have.)
     """
     volume = get(id_or_name, project)
-    # Its directory may have been lost; the lock needs one.
-    volume_db.made(os.path.dirname(volume.path))
-    fd = _acquire(volume, exclusive=True, wait=False)
+    # Its directory may have been lost, or not be here yet; the lock needs one.
+    _make_folder(volume)
+    fd = volume_locks.acquire(volume, exclusive=True, wait=False)
+    if bucket := _bucket():
+        try:
+            bucket.remove(_record(volume))
+            volume_files.remove_tree(os.path.dirname(volume.path))
+        finally:
+            volume_db.release(fd)
+        return volume
     try:
         # Marked first, its name free again: killed from here on, whoever deletes next finishes the work.
         marked = volume_db.write(
@@ -251,25 +252,12 @@ def delete(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
 
 
 def usage_bytes(volume: Volume) -> int:
-    """The disk space that the volume's files take, in bytes, as `du` counts it. Hard links count once."""
-    seen: set[tuple[int, int]] = set()
-    total = 0
-    pending = [volume.path]
-    while pending:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    stat = entry.stat(follow_symlinks=False)
-                    if stat.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
-                        if (stat.st_dev, stat.st_ino) in seen:
-                            continue
-                        seen.add((stat.st_dev, stat.st_ino))
-                    total += stat.st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-        except (FileNotFoundError, PermissionError):
-            continue  # deleted while we counted, or the volume's user hid it from us
-    return total
+    """The disk space that the volume's files take, in bytes, as `du` counts it (in a bucket: their sizes)."""
+    if bucket := _bucket():
+        from . import volume_sync
+
+        return volume_sync.stored_bytes(volume, bucket)
+    return volume_files.usage_bytes(volume.path)
 
 
 def check_size(volume: Volume) -> int:
@@ -309,7 +297,12 @@ def attach(
             volume = find_or_create(id_or_name, size_gb=size_gb, interface=interface, region=region, project=project)
         else:
             volume = get(id_or_name, project)
-        fd = _acquire(volume, exclusive=exclusive, wait=wait)
+        bucket = _bucket()
+        if bucket:
+            _make_folder(volume)
+            fd = _acquire_copy(volume, bucket, exclusive=exclusive, wait=wait)
+        else:
+            fd = volume_locks.acquire(volume, exclusive=exclusive, wait=wait)
         try:
             # Only now can it not be deleted any more: was it, between the look-up and the lock?
             if find(volume.id, project) is None:
@@ -320,6 +313,10 @@ def attach(
                     f"the data of volume {volume.label} is gone: there is no {volume.path}",
                     hint=f"restore that directory, or forget the volume: flow volume rm {volume.label}",
                 )
+            if bucket:
+                from . import volume_keeper
+
+                volume_keeper.start(volume)
             os.set_inheritable(fd, True)
         except BaseException:
             volume_db.release(fd)
@@ -327,59 +324,52 @@ def attach(
         return Attachment(volume, fd, exclusive=exclusive)
 
 
+def _acquire_copy(volume: Volume, bucket: Bucket, *, exclusive: bool, wait: bool) -> int:
+    """The lock on a working copy that is up to date. Where it is in use on this host, it stays as it is."""
+    from . import volume_sync
+
+    try:
+        # Alone at first: nobody may be reading while it changes.
+        fd = volume_locks.acquire(volume, exclusive=True, wait=exclusive and wait)
+    except VolumeInUse:
+        if exclusive:
+            raise
+        return volume_locks.acquire(volume, exclusive=False, wait=wait)
+    try:
+        volume_sync.fetch(volume, bucket)
+        if not exclusive:
+            volume_locks.share(fd)
+    except BaseException:
+        volume_db.release(fd)
+        raise
+    return fd
+
+
+def commit(id_or_name: str, project: str = DEFAULT_PROJECT) -> bool:
+    """Write what changed in a volume of a bucket back now; False if there is nothing to write, or no bucket.
+
+    Files must be at rest meanwhile. It is done anyhow when the last user on this host is gone. Raises `VolumeConflict`
+    if another host has written to the volume since this one fetched it; nothing is lost then, and the error says where
+    either state is.
+    """
+    bucket = _bucket()
+    if bucket is None:
+        return False
+    from . import volume_sync
+
+    volume = get(id_or_name, project)
+    return os.path.isdir(volume.path) and volume_sync.commit(volume, bucket)
+
+
 def in_use(volume: Volume) -> bool:
     """True if a process uses the volume at this moment. Only a hint: it may change before you act on it."""
     try:
-        volume_db.release(_acquire(volume, exclusive=True, wait=False))
+        volume_db.release(volume_locks.acquire(volume, exclusive=True, wait=False))
     except VolumeInUse:
         return True
     except VolumeNotFound:
         return False
     return False
-
-
-def _acquire(volume: Volume, *, exclusive: bool, wait: bool) -> int:
-    path = os.path.join(os.path.dirname(volume.path), "lock")
-    try:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a read-only home: enough for flock
-    except FileNotFoundError:
-        raise VolumeNotFound(
-            f"volume {volume.label} is gone: there is no {os.path.dirname(path)}", hint="was it deleted meanwhile?"
-        ) from None
-    except OSError as error:
-        raise volume_db.explain(error) from error
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        pids = _holders(fd)
-        os.close(fd)
-        by = f" by process {', '.join(map(str, pids))}" if pids else ""
-        raise VolumeInUse(
-            f"volume {volume.label} is in use{by}",
-            hint="wait until that has ended, or cancel it; `file` volumes can be shared by tasks",
-        ) from None
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _holders(fd: int) -> list[int]:
-    """The processes that took a lock on this file, as the kernel lists them; [] where it doesn't say."""
-    stat = os.fstat(fd)
-    key = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
-    try:
-        with open("/proc/locks") as lines:
-            # 1: FLOCK  ADVISORY  WRITE 708 00:2d:5150 0 EOF     (waiting ones have "->" after the number)
-            fields = [line.split() for line in lines]
-    except OSError:
-        return []
-    return sorted({int(f[4]) for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[5] == key and int(f[4]) > 0})
 
 
 # -- storage -----------------------------------------------------------------------------------------------------------
@@ -403,21 +393,55 @@ def _select(db: sqlite3.Connection, id_or_name: str, project: str) -> Volume | N
     return _volume(row) if row else None
 
 
-def _insert(
-    db: sqlite3.Connection, name: str | None, size_gb: int, interface: str, region: str | None, project: str
-) -> Volume:
-    row = (_ID_PREFIX + os.urandom(8).hex(), project, name, size_gb, interface, region, time.time())
+def _new(name: str | None, size_gb: int, interface: Interface, region: str | None, project: str) -> Volume:
+    volume_id = _ID_PREFIX + os.urandom(8).hex()
+    return Volume(volume_id, project, name, size_gb, interface, region, time.time(), _data_path(volume_id))
+
+
+def _insert(db: sqlite3.Connection, volume: Volume) -> Volume:
     # The directory goes first: killed before the commit, what is left is a directory that no row names.
-    volume = _volume(row)
-    os.mkdir(os.path.dirname(volume.path), 0o700)
-    os.mkdir(volume.path)
-    os.close(os.open(os.path.join(os.path.dirname(volume.path), "lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    _make_folder(volume)
     try:
-        db.execute(f"INSERT INTO volumes ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        db.execute(f"INSERT INTO volumes ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", tuple(_record(volume).values()))
     except BaseException:
-        _remove_tree(os.path.dirname(volume.path))
+        volume_files.remove_tree(os.path.dirname(volume.path))
         raise
     return volume
+
+
+def _make_folder(volume: Volume) -> None:
+    for folder in (os.path.dirname(volume_db.root()), volume_db.root(), os.path.dirname(volume.path)):
+        volume_db.made(folder)
+    try:
+        os.makedirs(volume.path, exist_ok=True)
+        lock = os.path.join(os.path.dirname(volume.path), "lock")
+        os.close(os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise volume_db.explain(error) from error
+
+
+def _bucket() -> Bucket | None:
+    url = bucket_url_from()
+    if not url:
+        return None
+    from .volume_bucket import Bucket
+
+    return Bucket(url)
+
+
+def _record(volume: Volume) -> dict[str, Any]:
+    record = asdict(volume)
+    del record["path"]  # another host has another one
+    return {column: record[column] for column in _COLUMNS.split(", ")}
+
+
+def _from_record(record: Mapping[str, Any]) -> Volume:
+    try:
+        if not is_id(record["id"]) or os.sep in record["id"]:
+            raise KeyError("id")
+        return _volume(tuple(record[column] for column in _COLUMNS.split(", ")))
+    except KeyError as missing:
+        raise VolumeError(f"a record of a volume in the bucket has no valid {missing}") from None
 
 
 def _purge() -> None:
@@ -426,31 +450,5 @@ def _purge() -> None:
         volume_db.read(lambda db: db.execute("SELECT id FROM volumes WHERE deleted_at IS NOT NULL").fetchall()) or []
     )
     for (volume_id,) in doomed:
-        if _remove_tree(os.path.dirname(_data_path(volume_id))):
+        if volume_files.remove_tree(os.path.dirname(_data_path(volume_id))):
             volume_db.write(lambda db, gone=volume_id: db.execute("DELETE FROM volumes WHERE id = ?", (gone,)))  # type: ignore[misc]
-
-
-def _remove_tree(path: str) -> bool:
-    """Remove a directory, also where a directory in it can't be written to; True if it is gone."""
-    import shutil
-
-    def unlock(folder: str) -> None:
-        os.chmod(folder, 0o700)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    unlock(entry.path)
-
-    shutil.rmtree(path, ignore_errors=True)
-    if not os.path.lexists(path):
-        return True
-    try:
-        unlock(path)
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass  # another process removes it too
-    except OSError as error:
-        import logging
-
-        logging.getLogger(_LOG).warning("files of a deleted volume can't be removed, and stay at %s: %s", path, error)
-    return not os.path.lexists(path)

@@ -1,0 +1,69 @@
+"""Writes a volume of a bucket back when its last user on this host is gone, however that ended.
+
+A process of its own, started with the first user: it sleeps in the kernel until it has the volume's lock to itself,
+which is when nobody else has it any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .volumes import Volume
+
+_START = (
+    "import os, sys; os.fork() and os._exit(0); from flowfn_runtime.data.volume_keeper import main; main(sys.argv[1:])"
+)
+
+
+def start(volume: Volume) -> None:
+    """See to it that a keeper waits for the end of the volume's use. The caller holds the volume's lock."""
+    import subprocess
+
+    from . import volumes
+
+    folder = os.path.dirname(volume.path)
+    turn = os.open(os.path.join(folder, "keeper.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    log = os.open(os.path.join(folder, "keeper.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        # A keeper gives its turn up only while it has the volume to itself, so one that has it now will wait for us.
+        fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        subprocess.run(
+            [sys.executable, "-c", _START, volume.id, volume.project, str(turn)],
+            env={**os.environ, "PYTHONPATH": path, "FLOW_VOLUMES": volumes.bucket_url_from() or ""},
+            pass_fds=(turn,),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            check=True,
+            cwd="/",
+        )
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(turn)
+        os.close(log)
+
+
+def main(argv: list[str]) -> None:
+    """Wait, write back, end."""
+    from ..errors import FlowError
+    from . import volume_db, volume_locks, volumes
+
+    volume_id, project, turn = argv[0], argv[1], int(argv[2])
+    volume = volumes.get(volume_id, project)
+    lock = volume_locks.acquire(volume, exclusive=True, wait=True)
+    try:
+        volumes.commit(volume_id, project)
+    except FlowError as error:
+        # It stays here, and the next user's attach tries again, or says what stands against it.
+        print(error, file=sys.stderr)
+    finally:
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        volume_db.release(lock)
