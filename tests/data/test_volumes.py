@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from flowfn_runtime.data import volumes
 from flowfn_runtime.errors import FlowError, ValidationError, VolumeError, VolumeInUse, VolumeNotFound
 
