@@ -27,7 +27,9 @@ def run_dev(command: str | None, fields: dict[str, Any], settings: configuration
         fields |= {"volumes": volumes, "allow_docker_cache": True}
     config = TaskConfig(command=[shell, "-i"] if command is None else [shell, "-c", command], **fields)
     state, reason, code = run_here(config, settings=settings)
+    if state == "cancelled":
+        return 130  # Ctrl-C, as a shell says it
     if code is None:
-        raise FlowError(f"the shell was not started: {reason}" if state == "failed" else f"the shell was {state}")
+        raise FlowError(f"the shell was not started: {reason}")
     sys.stdout.flush()
     return code

@@ -14,7 +14,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+
+TYPE_CHECKING = False  # importing `typing` would take longer than `flow --help` otherwise does
+
+if TYPE_CHECKING:
+    from typing import Any
 
 # In the order of the help. The summaries are the verbs' own; a test compares.
 VERBS = {
