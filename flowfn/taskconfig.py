@@ -23,7 +23,7 @@ VOLUME_NAME = r"^[a-z0-9][a-z0-9-]*[a-z0-9]$"
 class _Model(BaseModel):
     """A model whose mistakes are `ValidationError`s of ours, that name the field and what it accepts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, arbitrary_types_allowed=True)
 
     if not TYPE_CHECKING:  # type checkers are to see the fields, not **data
 
@@ -32,6 +32,13 @@ class _Model(BaseModel):
                 super().__init__(**data)
             except pydantic.ValidationError as error:
                 raise _explain(type(self), error) from None
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Checked as a whole, as if it had been made so; refused, it stays as it was."""
+            given = {known: getattr(self, known) for known in self.model_fields_set}
+            changed = type(self)(**{**given, name: value})
+            self.__dict__.update(changed.__dict__)
+            self.__pydantic_fields_set__.add(name)
 
         @classmethod
         def model_validate(cls, obj: Any, **_options: Any) -> Any:
