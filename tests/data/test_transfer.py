@@ -109,18 +109,19 @@ def test_progress_adds_up(s3: S3, tmp_path: Path) -> None:
 
 
 def test_several_processes_fetch_thousands_of_small_objects(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {f"{index % 60}/{index}": os.urandom(index % 50) for index in range(1200)}
+    expected = {f"{index % 20}/{index}": os.urandom(index % 50) for index in range(300)}
     for key, value in expected.items():
         s3.put(f"set/{key}", value)
     monkeypatch.setattr(crew, "_cores", lambda: 3)
+    monkeypatch.setattr(crew, "_OBJECTS_A_PROCESS", 100)
     with s3.proxy() as proxy:
         source = open_source(f"{s3.url}/set", s3.through(proxy).options)
         seen: list[Progress] = []
         with Cache().stage(source, progress=seen.append) as snapshot:
             assert tree(Path(snapshot.path)) == expected
-        assert len(set(proxy.keys)) == len(proxy.keys) == 1200 - 24  # nothing is asked for what is empty
+        assert len(set(proxy.keys)) == len(proxy.keys) == 300 - 6  # nothing is asked for what is empty
         assert snapshot.fetched_bytes == sum(map(len, expected.values()))
-        assert seen and seen[-1].total_objects == 1200
+        assert seen and seen[-1].total_objects == 300
         # And an error of one of them is everybody's.
         for key in expected:
             s3.put(f"set/{key}", b"new" + expected[key])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from flowfn_runtime.data.locks import lease
@@ -63,8 +64,12 @@ class Room:
         return disk.f_bavail * disk.f_frsize
 
     def used_bytes(self) -> int:
-        """What the cache takes: every object once."""
-        return sum(size for _, size, _, _ in self._objects())
+        """What the cache takes: every object once, and the blocks of those that were read lazily."""
+        return sum(size for _, size, _, _ in self._objects()) + self.block_bytes()
+
+    def block_bytes(self) -> int:
+        """What lazily read blocks take."""
+        return sum(size for _, size, _ in self._blocks())
 
     def require(self, url: str, need: int) -> None:
         """Make room for `need` more bytes. Raises `CacheFull`, and then has dropped nothing that is in use."""
@@ -76,12 +81,13 @@ class Room:
         held = self.snapshots()
         # Snapshots share objects, so this is an upper bound; it spares a full count of a cache with room to spare.
         if evict_at_least == 0 and self.free_bytes() >= need:
-            bound = sum(snapshot.size_bytes for snapshot in held)
+            bound = sum(snapshot.size_bytes for snapshot in held) + self.block_bytes()
             if bound + need <= _ORPHAN_SWEEP * self.limit_bytes:
                 return True
         used = self.used_bytes()
         idle = sum(snapshot.size_bytes for snapshot in held if not snapshot.in_use)
         orphans = sum(size for _, size, links, _ in self._objects() if links == 1)
+        idle += self.block_bytes()  # as far as they are idle: an upper bound will do
         if self.free_bytes() + idle + orphans < need or used - idle - orphans + need > self.limit_bytes:
             return False  # dropping everything would not help: drop nothing
 
@@ -92,13 +98,20 @@ class Room:
         if not fits():
             dropped += self._drop_orphans()
             used -= dropped
-        for snapshot in sorted(held, key=lambda snapshot: snapshot.last_used):
+        for _, drop in sorted(self._candidates(held), key=lambda candidate: candidate[0]):
             if fits():
                 break
-            freed = self.drop(snapshot.digest) or 0
+            freed = drop() or 0
             dropped += freed
             used -= freed
         return fits()
+
+    def _candidates(self, held: list[Held]) -> Iterator[tuple[float, Callable[[], int | None]]]:
+        """What could be dropped: when it was used last, and how to."""
+        for snapshot in held:
+            yield snapshot.last_used, lambda digest=snapshot.digest: self.drop(digest)  # type: ignore[misc]
+        for path, _, used in self._blocks():
+            yield used, lambda path=path: self.drop_blocks(path)  # type: ignore[misc]
 
     def full(self, url: str, need: int) -> CacheFull:
         """The error that says who takes the room."""
@@ -182,14 +195,46 @@ class Room:
         shutil.rmtree(trash, ignore_errors=True)
         return self.drop_objects(names)
 
+    def _blocks(self) -> list[tuple[str, int, float]]:
+        """Path, bytes on the disk and time of the last use of each lazily read object's blocks."""
+        found: list[tuple[str, int, float]] = []
+        try:
+            shards = list(os.scandir(os.path.join(self.root, "blocks")))
+        except FileNotFoundError:
+            return found
+        for shard in shards:
+            for entry in os.scandir(shard.path):
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if not entry.name.endswith(".map"):
+                    found.append((entry.path, status.st_blocks * 512, max(status.st_atime, status.st_mtime)))
+        return found
+
+    def drop_blocks(self, path: str) -> int | None:
+        """Drop the blocks of one object; the bytes freed, None if somebody has it open."""
+        fd = lease(path, exclusive=True)
+        if fd is None:
+            return None
+        try:
+            freed = os.fstat(fd).st_blocks * 512
+            os.unlink(path)
+            os.unlink(path + ".map")
+        except FileNotFoundError:
+            return None
+        finally:
+            os.close(fd)
+        return freed
+
     def prune(self, keep_bytes: int) -> None:
         """Drop what is not in use, the least recently used first, until no more than `keep_bytes` are left."""
         self.sweep()
         used = self.used_bytes() - self._drop_orphans()
-        for snapshot in sorted(self.snapshots(), key=lambda snapshot: snapshot.last_used):
+        for _, drop in sorted(self._candidates(self.snapshots()), key=lambda candidate: candidate[0]):
             if used <= keep_bytes:
                 return
-            used -= self.drop(snapshot.digest) or 0
+            used -= drop() or 0
 
     def discard(self, digest: str) -> bool:
         """Drop a damaged snapshot with its objects, so that they are fetched anew. False if it is in use or gone."""

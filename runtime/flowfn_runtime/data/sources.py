@@ -321,6 +321,11 @@ def _check_head(response: Response, object: Object, first: int, last: int | None
         raise DataChanged(
             f"{url} is not the version that was listed: its ETag is {version}, it was {known}.", url=url, hint=_AGAIN
         )
+    if not known and object.modified is not None:
+        modified = parse_time(headers.get("last-modified"))
+        if modified is not None and int(modified) != int(object.modified):  # the header has whole seconds
+            response.discard()
+            raise DataChanged(f"{url} is not the version that was listed: it was written to.", url=url, hint=_AGAIN)
     if object.size is None or response.length is None:
         return
     end = object.size - 1 if last is None else min(last, object.size - 1)

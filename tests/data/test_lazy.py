@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3 import S3, Fault, Proxy, xml
+
+from flowfn_runtime import sandbox
+from flowfn_runtime.data import fuse
+from flowfn_runtime.data.blocks import BLOCK_BYTES
+from flowfn_runtime.data.cache import Cache
+from flowfn_runtime.data.mounts import Staged, stage
+from flowfn_runtime.data.spec import Mount
+from flowfn_runtime.errors import DataNotFound, SandboxError
+
+try:
+    fuse.check()
+except SandboxError as missing:
+    pytestmark = pytest.mark.skip(reason=str(missing))
+
+
+@pytest.fixture
+def proxy(s3: S3) -> Iterator[Proxy]:
+    with s3.proxy() as proxy:
+        yield proxy
+
+
+def lazily(s3: S3, proxy: Proxy, path: str) -> Staged:
+    return stage([Mount(f"{s3.url}/{path}", "/data", mode="lazy")], env=s3.through(proxy).env)
+
+
+def close_and_wait(staged: Staged) -> Path:
+    """Close the last lease, and return when the server has ended: its lock on its folder's lease is free then."""
+    folder = Path(staged.binds[0].host_path).parent
+    lease = os.open(folder / "lease", os.O_RDWR)
+    staged.close()
+    fcntl.flock(lease, fcntl.LOCK_EX)
+    os.close(lease)
+    return folder
+
+
+def test_nothing_is_fetched_until_it_is_read(s3: S3, proxy: Proxy) -> None:
+    data = os.urandom(5 * BLOCK_BYTES + 123)
+    s3.put("set/big", data)
+    s3.put("set/sub/small", b"small")
+    s3.put("set/empty")
+    with lazily(s3, proxy, "set") as staged:
+        root = Path(staged.binds[0].host_path)
+        assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*")) == [
+            "big",
+            "empty",
+            "sub",
+            "sub/small",
+        ]
+        assert (root / "big").stat().st_size == len(data)
+        assert not proxy.gets
+        assert (root / "sub/small").read_bytes() == b"small" and (root / "empty").read_bytes() == b""
+        assert len(proxy.gets) == 1
+        with open(root / "big", "rb", buffering=0) as file:
+            file.seek(3 * BLOCK_BYTES + 7)
+            assert file.read(10) == data[3 * BLOCK_BYTES + 7 :][:10]
+        fetched = {request.headers["range"] for request in proxy.gets[1:]}
+        assert f"bytes={3 * BLOCK_BYTES}-{4 * BLOCK_BYTES - 1}" in fetched
+        assert (root / "big").read_bytes() == data
+        with open(root / "big", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[-100:] == data[-100:]
+        requests = len(proxy.gets)
+        with pytest.raises(OSError) as caught:
+            (root / "new").write_bytes(b"")
+        assert caught.value.errno == errno.EROFS
+        with pytest.raises(FileNotFoundError):
+            (root / "nothing").read_bytes()
+    # Another mount of the same finds the blocks.
+    with lazily(s3, proxy, "set") as staged:
+        root = Path(staged.binds[0].host_path)
+        assert (root / "big").read_bytes() == data and (root / "sub/small").read_bytes() == b"small"
+        assert len(proxy.gets) == requests
+
+
+def test_reading_in_sequence_takes_few_requests(s3: S3, proxy: Proxy) -> None:
+    data = os.urandom(64 * BLOCK_BYTES)
+    s3.put("big", data)
+    with lazily(s3, proxy, "big") as staged:
+        assert Path(staged.binds[0].host_path).read_bytes() == data
+    assert len(proxy.gets) < 32
+    assert len({request.headers["range"] for request in proxy.gets}) == len(proxy.gets)
+
+
+def test_a_program_in_a_sandbox_keeps_the_mount_alive(s3: S3, proxy: Proxy) -> None:
+    s3.put("set/a", b"abc")
+    staged = lazily(s3, proxy, "set")
+    root = Path(staged.binds[0].host_path)
+    argv = sandbox.command([sys.executable, "-c", "input(); print(open('/data/a').read())"], staged.binds)
+    program = subprocess.Popen(
+        argv, pass_fds=staged.lease_fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    staged.close()
+    assert root.exists() and program.communicate("\n")[0] == "abc\n"
+
+
+def test_the_mount_goes_with_its_last_holder(s3: S3, proxy: Proxy) -> None:
+    s3.put("set/a", b"abc")
+    staged = lazily(s3, proxy, "set")
+    folder = close_and_wait(staged)
+    assert not folder.exists()
+    with open("/proc/self/mounts") as mounts:
+        assert str(folder) not in mounts.read()
+
+
+def test_faults_pass_or_are_errors_of_the_read(s3: S3, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOW_DATA_PATIENCE", "1")
+    data = os.urandom(3 * BLOCK_BYTES)
+    s3.put("set/a", data)
+    s3.put("set/b", data)
+    failed: set[str] = set()
+
+    def rule(request: object) -> Fault | None:
+        span = request.headers.get("range", "")  # type: ignore[attr-defined]
+        if request.is_get and span not in failed:  # type: ignore[attr-defined]
+            failed.add(span)
+            return Fault(keep=1000)
+        return None
+
+    proxy.rule = rule
+    with lazily(s3, proxy, "set") as staged:
+        root = Path(staged.binds[0].host_path)
+        assert (root / "a").read_bytes() == data and failed
+        proxy.rule = lambda request: Fault(status=403, body=xml("AccessDenied"))
+        with pytest.raises(OSError) as caught:
+            (root / "b").read_bytes()
+        assert caught.value.errno in (errno.EIO, errno.EACCES)
+        proxy.rule = lambda request: None
+        assert (root / "b").read_bytes() == data
+    with pytest.raises(DataNotFound):
+        lazily(s3, proxy, "nothing")
+
+
+def test_blocks_count_and_go_when_room_is_needed(s3: S3, proxy: Proxy) -> None:
+    s3.put("set/a", os.urandom(2 * BLOCK_BYTES))
+    room = Cache().room
+    staged = lazily(s3, proxy, "set")
+    with open(Path(staged.binds[0].host_path, "a"), "rb") as file:
+        file.read()
+        assert room.used_bytes() >= 2 * BLOCK_BYTES
+        room.prune(0)
+        assert room.used_bytes() >= 2 * BLOCK_BYTES  # it is open
+    close_and_wait(staged)
+    room.prune(0)
+    assert room.used_bytes() == 0
+
+
+def test_without_fuse_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SandboxError, match="fusermount3") as caught:
+        fuse.check()
+    assert "apt-get install fuse3" in str(caught.value)
