@@ -18,6 +18,7 @@ from flowfn_runtime import wire
 
 if TYPE_CHECKING:
     from flowfn.spec import FunctionSpec
+    from flowfn.userproject import Code
     from flowfn_runtime.project import Snapshot
 
 CHUNK_BYTES = 1 << 20
@@ -33,6 +34,15 @@ class Launch:
     def send(self, stream: wire.Stream) -> None:
         """Begin: say what is wanted."""
         stream.send(wire.SETUP, meta=json.dumps(self.setup).encode())
+
+    def newer(self) -> Launch | None:
+        """The same with the project as it is now, if it has changed since."""
+        if not self.roots:
+            return None
+        from flowfn import userproject
+
+        now = _with_project(self.setup, userproject.code(fresh=True))
+        return now if now.roots != self.roots else None
 
     def answer(self, stream: wire.Stream, asked: dict[str, Any]) -> None:
         """Send what the other side lacks of the project."""
@@ -108,11 +118,13 @@ def launch(
     }
     if image is not None:
         setup["image"] = image.to_dict()
-    roots: tuple[Snapshot, ...] = ()
-    if project:
-        from flowfn import userproject
+    if not project:
+        return Launch(setup)
+    from flowfn import userproject
 
-        code = userproject.code()
-        roots = code.roots
-        setup.update(roots=[root.digest for root in roots], sys_path=code.sys_path, cwd=code.cwd)
-    return Launch(setup, roots)
+    return _with_project(setup, userproject.code())
+
+
+def _with_project(setup: dict[str, Any], code: Code) -> Launch:
+    digests = [root.digest for root in code.roots]
+    return Launch({**setup, "roots": digests, "sys_path": code.sys_path, "cwd": code.cwd}, code.roots)

@@ -38,13 +38,16 @@ _lock = threading.Lock()
 _taken: dict[tuple[str, ...], tuple[float, tuple[Snapshot, ...]]] = {}
 
 
-def code() -> Code:
-    """The project as it is now. Raises ValidationError if it is too large, or a file can't be read."""
+def code(*, fresh: bool = False) -> Code:
+    """The project as it is now; `fresh`: and not as it was a second ago.
+
+    Raises ValidationError if it is too large, or a file can't be read.
+    """
     entries = [os.path.realpath(entry or os.getcwd()) for entry in sys.path]
     cwd = os.path.realpath(os.getcwd())
     roots = find_roots(entries, cwd)
     wanted = [place for entry in entries if os.path.isdir(entry) and (place := _place(entry, roots))]
-    return Code(_snapshots(tuple(roots)), tuple(dict.fromkeys(wanted)), _place(cwd, roots))
+    return Code(_snapshots(tuple(roots), 0.0 if fresh else FRESH_S), tuple(dict.fromkeys(wanted)), _place(cwd, roots))
 
 
 def find_roots(entries: Iterable[str], cwd: str) -> list[str]:
@@ -111,12 +114,12 @@ def _place(path: str, roots: list[str]) -> Place | None:
     return None
 
 
-def _snapshots(roots: tuple[str, ...]) -> tuple[Snapshot, ...]:
+def _snapshots(roots: tuple[str, ...], fresh_s: float) -> tuple[Snapshot, ...]:
     from flowfn_runtime import project
 
     with _lock:  # many workers that start at once share one look
         taken = _taken.get(roots)
-        if taken is None or time.monotonic() - taken[0] > FRESH_S:
+        if taken is None or time.monotonic() - taken[0] > fresh_s:
             exclude = (paths.home(), paths.cache())
             snapshots = tuple(project.snapshot(root, exclude=exclude) for root in roots)
             taken = _taken[roots] = (time.monotonic(), snapshots)

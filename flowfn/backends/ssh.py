@@ -209,6 +209,8 @@ class SshBackend(Backend):
     `python`: the interpreter there; None looks for one of this Python's version. `cache`, `home`: directories there in
     place of ~/.cache/flowfn and ~/.flowfn. `config`: a file in place of ~/.ssh/config. `sessions`: workers on one
     connection. `silence`: seconds after which a host gives up a client whose network is gone, and ends its workers.
+    `connect_timeout`: seconds for logging in. `alive_interval`: seconds between signs of life that are asked of the
+    host; three without answer, and it is given up here.
     Keys, jump hosts and known hosts are OpenSSH's matter.
     """
 
@@ -226,6 +228,7 @@ class SshBackend(Backend):
         sessions: int = SESSIONS,
         silence: float = SILENCE_S,
         connect_timeout: int = 15,
+        alive_interval: int = 5,
     ) -> None:
         texts = [url] if url else list(hosts)
         if not texts or isinstance(hosts, str):
@@ -234,7 +237,9 @@ class SshBackend(Backend):
             )
         options = _Options(python, cache, home, sessions, silence)
         config = os.path.expanduser(config) if config else None
-        clients = [openssh.Client(openssh.Address.parse(text), config, connect_timeout) for text in texts]
+        clients = [
+            openssh.Client(openssh.Address.parse(text), config, connect_timeout, alive_interval) for text in texts
+        ]
         self.hosts = [Host(client, options) for client in clients]
         self._environ = options.environ
         self._lock = threading.Lock()

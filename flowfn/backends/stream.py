@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NOISE_BYTES = 1 << 18  # what login shells and engines may print before the loader speaks
 TAIL_BYTES = 1 << 14  # of standard error: what is kept for messages
 PIPE_BYTES = 1 << 20
+ATTEMPTS = 3  # when the project changes while it is sent
 END_S = 5.0  # how long a program that is to end may take before it is killed
 
 # Of a program that ended before a worker spoke: its exit status and the end of its standard error -> what to raise.
@@ -120,7 +121,8 @@ class StreamConnection(Connection):
         self._ended.wait(timeout)
         if self._mark is not None:
             memory = self._mark.get("out_of_memory") or {}
-            return Exit(self._mark["exitcode"], memory.get("limit"), memory.get("peak"))
+            output = tuple(self._mark.get("output", ("", "")))
+            return Exit(self._mark["exitcode"], memory.get("limit"), memory.get("peak"), output)
         if self._ended.is_set():
             return self.judge(self.process.returncode)
         return Exit(detail=self.said())
@@ -128,10 +130,9 @@ class StreamConnection(Connection):
     def hello(self) -> Mapping[str, Any]:
         return {"argv0": os.path.basename(sys.argv[0]) if sys.argv else ""}
 
-    def said(self) -> str:
+    def said(self, lines: int = 8) -> str:
         """The last lines of the program's standard error, for messages."""
-        lines = bytes(self._tail).decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-8:])
+        return "\n".join(bytes(self._tail).decode(errors="replace").strip().splitlines()[-lines:])
 
     # within
 
@@ -176,23 +177,28 @@ def start(
     """Start a program whose last part is `loader.program()`, and get a worker ready there.
 
     `label` says where it is, for people. `environ` is the program's own environment here. `explain` knows the engine's
-    messages. `kind` makes the connection. `on_end` is called once when
-    the program has ended, also if that was while it started. Raises BackendUnavailable, VersionMismatch, or what the
+    messages. `kind` makes the connection. `on_end` is called when
+    a program that was started here has ended. Raises BackendUnavailable, VersionMismatch, or what the
     preparation on the other side raised.
     """
-    connection = kind(argv, label=label, environ=environ)
-    if on_end is not None:
-        connection.on_end(on_end)
-    try:
-        _load(connection, launch)
-        _prepare(connection, launch)
-    except EOFError:
-        raise ended(connection, explain) from None
-    except BaseException:
-        connection.kill()
-        connection.close()
-        raise
-    return connection
+    for attempt in range(ATTEMPTS):
+        connection = kind(argv, label=label, environ=environ)
+        if on_end is not None:
+            connection.on_end(on_end)
+        try:
+            _load(connection, launch)
+            _prepare(connection, launch)
+            return connection
+        except EOFError:
+            raise ended(connection, explain) from None
+        except BaseException as error:
+            connection.kill()
+            connection.close()
+            newer = launch.newer() if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS - 1 else None
+            if newer is None:
+                raise
+            launch = newer  # files were edited while they were sent
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def ended(connection: StreamConnection, explain: Explain | None) -> FlowError:
@@ -201,7 +207,7 @@ def ended(connection: StreamConnection, explain: Explain | None) -> FlowError:
     status = connection.process.poll()
     connection.kill()
     connection.close()
-    known = explain(status if status is not None else -9, connection.said()) if explain else None
+    known = explain(status if status is not None else -9, connection.said(1000)) if explain else None
     if known is not None:
         return known
     words = f"status {status}" if status is not None else "no status"

@@ -1,7 +1,8 @@
 """Directories that are made once, shared by whoever needs them, and dropped when nobody did for long.
 
-Beside each directory lies a lock file: shared by its users, exclusive while it is made or dropped. Its time is that of
-the last use. The kernel frees the locks of those who die, so nothing is ever left locked.
+Beside each directory lie two lock files. `.lock` is shared by its users and makers, and exclusive while it is dropped;
+its time is that of the last use. `.making` is exclusive while it is made. The kernel frees the locks of those who die,
+so nothing is ever left locked.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ def get(place: str, make: Callable[[str], None]) -> int:
     Of many who ask at a time one makes it. What was begun and not finished is removed first.
     """
     paths.private_dir(os.path.dirname(place))
-    while True:
-        fd = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            if not os.path.exists(f"{place}/{READY}"):
-                fcntl.flock(fd, fcntl.LOCK_EX)
+    fd = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if not os.path.exists(f"{place}/{READY}"):
+            making = os.open(f"{place}.making", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(making, fcntl.LOCK_EX)
                 if not os.path.exists(f"{place}/{READY}"):
                     shutil.rmtree(place, ignore_errors=True)
                     os.mkdir(place, 0o700)
                     make(place)
                     os.close(os.open(f"{place}/{READY}", os.O_CREAT | os.O_WRONLY, 0o600))
-                fcntl.flock(fd, fcntl.LOCK_SH)  # not atomic: somebody may drop it in between
-            if os.path.exists(f"{place}/{READY}"):
-                os.utime(fd)
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
+            finally:
+                os.close(making)
+        os.utime(fd)
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def drop_old(directory: str, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import select
 import shutil
 import signal
 import socket
@@ -12,8 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flowfn_runtime.limits import descendants
+
 USER = "flowtest"
 BINARY = "/usr/sbin/sshd"
+WAIT_S = 60.0  # how long anything is waited for before the test fails
 
 
 def why_not() -> str | None:
@@ -80,6 +84,35 @@ class Sshd:
         name = self.address if self.port == 22 else f"[{self.address}]:{self.port}"
         self.known.write_text(f"{name} {key}")
 
+    def trust_also(self, other: Sshd) -> None:
+        """Let this server's client configuration do for the other server as well."""
+        with self.known.open("a") as known:
+            known.write(other.known.read_text())
+        shutil.copy(self.root / "key.pub", other.root / "authorized")
+
+    def log(self) -> str:
+        """What the server said since it started."""
+        return (self.root / "log").read_text()
+
+    def wait_for(self, path: Path) -> None:
+        """Return when the file is there."""
+        import ctypes
+
+        inotify = ctypes.CDLL(None, use_errno=True)
+        fd = inotify.inotify_init()
+        try:
+            inotify.inotify_add_watch(fd, os.fsencode(path.parent), 0x100)  # IN_CREATE
+            while not path.exists():
+                ready, _, _ = select.select([fd], [], [], WAIT_S)
+                assert ready, f"{path} did not come"
+                os.read(fd, 1 << 16)
+        finally:
+            os.close(fd)
+
+    def interpreter(self) -> str:
+        """A Python that the login can run, of the tests' version."""
+        return _base_python()
+
     def start(self) -> Sshd:
         if self.namespace:
             self._make_namespace()
@@ -110,9 +143,15 @@ class Sshd:
     def stop(self) -> None:
         """End the server and every session of it."""
         if self.process is not None:
-            for pid in sessions(self):
+            for pid in login_processes(self):
                 _kill(pid)
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.crash()
+
+    def crash(self) -> None:
+        """Kill the server with its connections, and nothing that the logins have started."""
+        if self.process is not None:
+            for pid in [*login_processes(self, "sshd"), self.process.pid]:
+                _kill(pid)
             self.process.wait()
             self._drain.kill()
             self._drain.wait()
@@ -155,18 +194,42 @@ class Sshd:
             subprocess.run(command.split(), check=True)
 
 
-def sessions(server: Sshd) -> list[int]:
-    """The processes that this server's logins have started: they have its FLOW_CACHE."""
+def login_processes(server: Sshd, name: str = "") -> list[int]:
+    """The processes that this server's logins have started: they have its FLOW_CACHE. `sshd`: those of its own."""
     marker = f"FLOW_CACHE={server.root}/cache".encode()
+    assert server.process
+    below = descendants(server.process.pid)
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if marker in (entry / "environ").read_bytes().split(b"\0"):
+                program = (entry / "comm").read_text().strip()
+                if name == "sshd":
+                    if program == "sshd" and int(entry.name) in below:
+                        found.append(int(entry.name))
+                elif marker in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except OSError:
                 continue
     return found
+
+
+def wait_until_gone(server: Sshd, *, also_sshd: bool = True) -> None:
+    """Return when no process of this server's logins is left. Waits for the end of each, not for time to pass."""
+    while processes := login_processes(server) + (login_processes(server, "sshd") if also_sshd else []):
+        wait_for_end(processes)
+
+
+def wait_for_end(processes: list[int]) -> None:
+    """Return when these have ended."""
+    for pid in processes:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        with os.fdopen(pidfd, "rb"):
+            ended, _, _ = select.select([pidfd], [], [], WAIT_S)
+            assert ended, Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _base_python() -> str:
