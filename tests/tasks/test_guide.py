@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import shutil
 import sys
 import types
 import urllib.request
@@ -72,8 +72,6 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
             there.put(key, text.encode())
 
     yield make
-    import shutil
-
     for root in made:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -414,6 +412,8 @@ def test_16_a_server_answers_at_its_endpoint(
 def test_17_a_pipeline_of_submits_on_one_volume(
     project: Path, client: Flow, run_block: Any, bucket: Any, completed: Completed
 ) -> None:
+    if shutil.which("aws") is None:
+        pytest.skip("the AWS command line is not installed: pip install awscli")
     bucket("raw-data", {"one.txt": "1", "sub/two.txt": "2"})
     (project / "process.py").write_text(
         "import sys, os, pathlib\n"
@@ -422,10 +422,6 @@ def test_17_a_pipeline_of_submits_on_one_volume(
         "for p in source.rglob('*.txt'): (target / p.name).write_text(p.read_text() * 2)\n"
     )
     (project / "train.py").write_text(TRAIN)
-    # The AWS command line may be missing here; what it does with this command is what the stage is about.
-    if subprocess.run(["aws", "--version"], capture_output=True, check=False).returncode:
-        bin_dir = project / "bin"
-        bin_dir.mkdir()
     names = run_block(guide.PIPELINE)
     out = completed(names["train"])
     assert "text: ['11', '22']" in out
