@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +156,23 @@ def test_missing_objects_are_missed_where_they_are_read(bucket: Path) -> None:
             use()
     with pytest.raises(FileNotFoundError):
         open(rebuilt)
+
+
+def test_a_file_of_another_host_says_how_to_send_it(tmp_path: Path) -> None:
+    rebuilt, _ = send(File(tmp_path / "only-there"))
+    with pytest.raises(DataNotFound, match=r"flow\.upload"):
+        rebuilt.prepare()
+
+
+def test_what_was_staged_ahead_is_let_go(bucket: Path) -> None:
+    (bucket / "x").write_bytes(b"x")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        _, (ahead,) = send(File(at(bucket, "x")))
+        ahead.prepare()
+    del ahead
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 3  # a connection or two
 
 
 def test_a_server_that_is_down_does_not_hold_up_every_pickle(monkeypatch: pytest.MonkeyPatch, bucket: Path) -> None:
@@ -423,3 +442,63 @@ def test_a_staged_path_is_a_string_that_knows_its_url(bucket: Path) -> None:
         assert again == path and again.url == url
     with pytest.raises(DataNotFound):
         staged_path(at(bucket, "none"))
+
+
+def test_an_output_on_another_disk_appears_whole(tmp_path: Path) -> None:
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second filesystem at /dev/shm")
+    folder = shm / f"flowfn-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        left = folder / ".flowfn-part-of-a-killed-process"
+        left.write_bytes(b"half")
+        with Output(folder / "x") as path:
+            Path(path).write_bytes(b"whole")
+            os.chmod(path, 0o640)
+        assert [p.name for p in folder.iterdir()] == ["x"]
+        assert (folder / "x").read_bytes() == b"whole" and (folder / "x").stat().st_mode & 0o777 == 0o640
+        with Output(folder / "dir") as path:
+            os.makedirs(f"{path}/deep")
+            Path(path, "deep", "y").write_bytes(b"y")
+            Path(path, "link").symlink_to("deep/y")
+        assert (folder / "dir" / "link").read_bytes() == b"y"
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_markers_of_completeness_come_last(bucket: Path) -> None:
+    from flowfn_runtime.data.publish import _files
+
+    with Output(at(bucket, "table")) as path:
+        os.mkdir(path)
+        for name in ("_SUCCESS", "part-0", "_metadata", "zz"):
+            Path(path, name).write_bytes(name.encode())
+        assert _files(path) == ["part-0", "zz", "_SUCCESS", "_metadata"]
+    assert sorted(os.listdir(bucket / "table")) == ["_SUCCESS", "_metadata", "part-0", "zz"]
+
+
+def test_a_stream_of_unknown_size(tmp_path: Path) -> None:
+    """A server that sends no length, and knows no ranges."""
+    import http.server
+    import threading
+
+    body = os.urandom(400_000)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/data.bin"
+            assert streamed(File(url)) == body
+            assert Path(File(url)).read_bytes() == body
+        finally:
+            server.shutdown()

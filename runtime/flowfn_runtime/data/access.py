@@ -200,8 +200,8 @@ def _stat(url: str, path: str) -> Info:
 
 
 def local_etag(stat: os.stat_result) -> str:
-    """What stands for the version of a local file."""
-    return f"{stat.st_ino:x}-{stat.st_mtime_ns:x}"
+    """What stands for the version of a local file; the same for a copy that keeps the time, as on another host."""
+    return f"{stat.st_mtime_ns:x}"
 
 
 def join(url: str, relative: str) -> str:

@@ -102,7 +102,11 @@ class Partition:
         end = size if self.end is None else min(self.end, size)
         start = self.start
         if self.boundary is not None:
-            start, end = align(whole, start, size, self.boundary), align(whole, end, size, self.boundary)
+            # The beginning last: what was fetched to find it is read first.
+            end = align(whole, end, size, self.boundary)
+            start = align(whole, start, size, self.boundary)
+        if isinstance(getattr(whole, "raw", None), streams.RangeReader):
+            whole.raw.expect(max(end - start, 0))
         return io.BufferedReader(streams.Window(whole, start, max(start, end)), streams.FIRST_BLOCK_BYTES)
 
 

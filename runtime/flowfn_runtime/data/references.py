@@ -276,7 +276,12 @@ class File(_Readable):
     def _stage(self) -> Staged:
         from . import staging
 
-        return staging.file(self._url, self._options, name=self._name, digest=self._digest, check=self._check)
+        try:
+            return staging.file(self._url, self._options, name=self._name, digest=self._digest, check=self._check)
+        except DataNotFound as error:
+            if self._arrived and scheme_of(self._url) == "file":
+                error.hint = "it is a path of the host that sent it; flow.upload(path) makes a reference for every host"
+            raise
 
 
 class Dir(_Readable):

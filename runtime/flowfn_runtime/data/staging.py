@@ -34,6 +34,10 @@ class Staged:
         if release is not None:
             release()
 
+    def __del__(self) -> None:
+        # What was staged ahead for a call is held by nobody once that call has its own.
+        self.close()
+
 
 def file(url: str, options: Options, *, name: str | None, digest: str | None, check: Check) -> Staged:
     """One object as a local file. `check` is told the version that is there, and raises if it is the wrong one."""

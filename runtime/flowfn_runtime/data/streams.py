@@ -15,6 +15,8 @@ from .retry import Patience
 from .spec import redact, scheme_of
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from .model import Object
     from .sources import Source
 
@@ -186,7 +188,8 @@ class Window(io.RawIOBase):
 class RangeReader(io.RawIOBase):
     """A remote object as a file: blocks are fetched when they are read.
 
-    Who reads on gets larger and larger blocks; who jumps begins again with small ones.
+    Who reads on gets larger and larger blocks, the next one while the last is consumed; who jumps begins again with
+    small ones.
     """
 
     def __init__(self, source: Source, found: Object, largest: int) -> None:
@@ -199,6 +202,8 @@ class RangeReader(io.RawIOBase):
         self._next = FIRST_BLOCK_BYTES
         self._largest = largest
         self._patience = Patience(source.url)
+        self._threads: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[bytearray]] | None = None  # where the block begins that is on its way
 
     def readable(self) -> bool:
         return True
@@ -216,39 +221,22 @@ class RangeReader(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def expect(self, size: int) -> None:
+        """Say that so many bytes will be read from here on."""
+        self._next = max(min(size, self._largest), FIRST_BLOCK_BYTES)
+
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         if not view or (self._end is not None and self._position >= self._end):
             return 0
         offset = self._position - self._block_at
         if not 0 <= offset < len(self._block):
-            self._fetch(len(view))
+            self._advance(len(view))
             offset = 0
         piece = memoryview(self._block)[offset : offset + len(view)]
         view[: len(piece)] = piece
         self._position += len(piece)
         return len(piece)
-
-    def _fetch(self, wanted: int) -> None:
-        if self._position == self._block_at + len(self._block):
-            size = max(self._next, wanted)
-            self._next = min(2 * self._next, self._largest)
-        else:
-            size, self._next = max(FIRST_BLOCK_BYTES, wanted), FIRST_BLOCK_BYTES
-        first = self._position
-        last = None if self._end is None else min(first + size, self._end) - 1
-        block = bytearray()
-
-        def attempt() -> None:
-            block.clear()
-            self._source.fetch(self._found, first, last, block.extend)
-            if last is not None and len(block) != last + 1 - first:
-                raise WireError(f"{len(block)} of {last + 1 - first} bytes came")
-
-        self._patience.attempt(attempt)
-        self._block, self._block_at = block, first
-        if last is None:
-            self._end = first + len(block)  # the rest came, so now we know
 
     def readall(self) -> bytes:
         pieces = bytearray()
@@ -259,3 +247,47 @@ class RangeReader(io.RawIOBase):
                 break
             pieces += memoryview(buffer)[:count]
         return bytes(pieces)
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._patience.stopped.set()
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
+        self._block = bytearray()
+        super().close()
+
+    def _advance(self, wanted: int) -> None:
+        """Make the block the one that begins at the position."""
+        position, ahead = self._position, self._ahead
+        goes_on = position == self._block_at + len(self._block)
+        self._ahead = None
+        if ahead is not None and ahead[0] == position:
+            block = ahead[1].result()
+        else:
+            if not goes_on:
+                self._next = FIRST_BLOCK_BYTES
+            block = self._fetch(position, max(self._next, wanted))
+        self._block, self._block_at = block, position
+        self._next = min(4 * self._next, self._largest)
+        after = position + len(block)
+        if goes_on and block and self._end is not None and after < self._end:
+            if self._threads is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._threads = ThreadPoolExecutor(1, thread_name_prefix="flowfn-read-ahead")
+            self._ahead = after, self._threads.submit(self._fetch, after, self._next)
+
+    def _fetch(self, first: int, size: int) -> bytearray:
+        last = None if self._end is None else min(first + size, self._end) - 1
+        block = bytearray()
+
+        def attempt() -> None:
+            block.clear()
+            self._source.fetch(self._found, first, last, block.extend)
+            if last is not None and len(block) != last + 1 - first:
+                raise WireError(f"{len(block)} of {last + 1 - first} bytes came")
+
+        self._patience.attempt(attempt)
+        if last is None:
+            self._end = first + len(block)  # the rest came, so now we know
+        return block
