@@ -9,7 +9,7 @@ from flowfn import call as calls
 from flowfn import terminal
 from flowfn.clock import Timer, clock
 from flowfn_runtime import items, wire
-from flowfn_runtime.errors import CallCancelled, FunctionTimeout
+from flowfn_runtime.errors import CallCancelled, FunctionTimeout, OutOfMemory
 from flowfn_runtime.pickling import PLAIN, dumps
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Courier:
                 wire.BATCH, call=chunk.number, arg=number, flags=flags, meta=meta, body=body, buffers=buffers
             )
         except calls.TYPE_ERRORS as error:
-            self.lost(error)
+            self.lost(error, begun=len(self.chunks) > 1)
             return
         worker.ahead = wire.AHEAD
         if len(self.chunks) == 1:
@@ -269,8 +269,8 @@ class Courier:
                 self.timed_out = True
                 worker.kill()
 
-    def lost(self, error: BaseException) -> None:
-        """The worker is gone: decide for each of its items."""
+    def lost(self, error: BaseException, *, begun: bool = True) -> None:
+        """The worker is gone: decide for each of its items. Unless `begun`, it was gone before it had any."""
         run, worker = self.of, self.worker
         assert worker is not None
         if self.timer is not None:
@@ -278,6 +278,10 @@ class Courier:
         with run.lock:
             self.watched += 1
         lost, by_itself = worker.lost(error)
+        by_itself = by_itself and (begun or isinstance(lost, OutOfMemory))
+        for stderr, text in enumerate(worker.last_words):
+            if text and self.chunks:
+                terminal.show_output(run.name, self.chunks[0].number, worker.label, text.encode(), bool(stderr))
         self.worker = None
         timed_out, self.timed_out = self.timed_out, False
         with run.lock:

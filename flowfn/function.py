@@ -173,6 +173,8 @@ class Function(Generic[P, R]):
 
     def _find_pool(self) -> Pool:
         pool = self._pool
+        if isinstance(self.spec.secrets, tuple) and self.spec.secrets:
+            pool = None  # which one it is depends on their values
         if pool is None or self._generation != pools.current or pool.closed:
             pool = self._pool = pools.pool_for(self.spec)
             self._generation = pools.current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ class Worker:
         self.stream = connection.stream
         self.broken = False
         self.idle_since = 0.0
+        self.owner: object = None  # the call that has it now; the pool's to set
         self.ahead = 0  # wire.AHEAD while the worker reads ahead: what is sent meanwhile must not end that
         self.host = ""
         self.pid = 0
@@ -32,6 +34,8 @@ class Worker:
         self._objects: set[str] = set()
         self._drops: list[str] = []
         self._killed = False
+        self.last_words = ("", "")  # what it printed just before it died
+        self._path: list[str] | None = None  # sys.path as the worker knows it
         self.leaving = False  # this process is ending it
         self._lock = threading.Lock()
 
@@ -55,6 +59,7 @@ class Worker:
             self.host, self.pid = there["host"], there["pid"]
             hello = {**self.connection.hello()}
             shm = bool(hello.get("shm") and there.get("shm"))
+            self._path = sys.path[:] if "sys_path" in hello else None
             self.stream.send(wire.HELLO, meta=json.dumps({**here, **hello, "shm": shm}).encode())
             wire.check_versions(here, there, where=f"the worker ({self.label})")
         except EOFError:
@@ -94,7 +99,11 @@ class Worker:
         self._drops.append(key)
 
     def tidy(self) -> None:
-        """Tell the worker what it need not keep any more."""
+        """Tell the worker what it need not keep any more, and where modules are found by now."""
+        if self._path is not None and self._path != sys.path:
+            self._path = sys.path[:]
+            paths = self.connection.hello().get("sys_path", self._path)
+            self.stream.send(wire.PATHS, flags=self.ahead, meta=json.dumps(paths).encode())
         while self._drops:
             key = self._drops.pop()
             self._objects.discard(key)
@@ -121,6 +130,7 @@ class Worker:
             lost.__cause__ = error
             return lost, False
         how = self.connection.exit(EXIT_WAIT_S)
+        self.last_words = how.output
         if how.limit_bytes is not None:
             peak = how.peak_bytes or how.limit_bytes
             memory = OutOfMemory(
@@ -151,7 +161,8 @@ class Worker:
             pass  # no socket, or closed already
 
     def forget(self) -> None:
-        """In a forked child: close what belongs to the parent."""
+        """In a forked child: let go of what belongs to the parent, and never end it."""
+        self.broken = self._killed = True
         self.connection.stream.close()
 
 

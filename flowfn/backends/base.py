@@ -22,6 +22,7 @@ class Exit:
     exitcode: int | None = None  # exit status; -n: signal n killed it; None: nobody knows
     limit_bytes: int | None = None  # the memory limit that it went over, if it did
     peak_bytes: int | None = None  # its highest use of memory that was seen
+    output: tuple[str, str] = ("", "")  # what it printed last and could not send itself: standard output and error
     detail: str = ""  # more words, such as the last lines of standard error
 
     @property
@@ -72,6 +73,10 @@ class Backend(ABC):
 
         Raises ResourceUnavailable if not even one can be had.
         """
+
+    def has_room(self, spec: FunctionSpec) -> bool:
+        """Whether a worker with the GPUs of `spec` can start now. If not, idle ones of other shapes are ended first."""
+        return True
 
     def close(self) -> None:  # noqa: B027 - most backends keep nothing
         """Free what the backend keeps beside its workers."""

@@ -32,6 +32,7 @@ from . import limits, wire, worker
 
 CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
+LAST_WORDS_BYTES = 1 << 13  # kept of what a worker printed just before it died
 EXIT_MARK = "flowfn-exit: "
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
 HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a socket's other end may close one half
@@ -40,9 +41,10 @@ HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a
 class Child:
     """A worker as the host knows it."""
 
-    def __init__(self, number: int, pid: int, memory_limit: int | None) -> None:
+    def __init__(self, number: int, pid: int, memory_limit: int | None, outputs: list[int]) -> None:
         self.number = number
         self.pid = pid
+        self.outputs = outputs  # reading ends of its standard output and error; the worker reads them, while it lives
         self.memory_limit = memory_limit
         self.peak = 0
         self.out_of_memory = False
@@ -68,6 +70,7 @@ class Host:
     def fork(self, request: dict[str, Any], stream: wire.Stream, side: socket.socket | None, private: list[int]) -> int:
         """Start a worker on this stream; its number. `private` are descriptors of the host's that it must not have."""
         host = os.getpid()
+        pipes = _pipes()
         pid = os.fork()
         if pid == 0:
             code = 70
@@ -76,14 +79,17 @@ class Host:
                 for default in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
                     signal.signal(default, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                for fd in (self._wake_read, self._wake_write, *private):
+                others = [fd for child in self.children.values() for fd in child.outputs]
+                for fd in (self._wake_read, self._wake_write, *private, *others):
                     os.close(fd)
-                code = run_worker(request, stream, side, host)
+                code = run_worker(request, stream, side, host, pipes)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(code)
-        child = Child(request.get("id", 0), pid, request.get("memory"))
+        for _, write_end in pipes:
+            os.close(write_end)
+        child = Child(request.get("id", 0), pid, request.get("memory"), [read_end for read_end, _ in pipes])
         self.children[pid] = child
         return pid
 
@@ -121,7 +127,7 @@ class Host:
                 child.next_sample = now + limits.sample_interval(used, child.memory_limit, now - started)
 
     def _reap(self) -> None:
-        orphaned = False
+        ended: list[tuple[Child, dict[str, Any]]] = []
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -131,13 +137,17 @@ class Host:
                 break
             child = self.children.pop(pid, None)
             if child is not None:
-                orphaned = True
                 end: dict[str, Any] = {"id": child.number, "pid": pid, "exitcode": os.waitstatus_to_exitcode(status)}
                 if child.out_of_memory:
                     end["out_of_memory"] = {"limit": child.memory_limit, "peak": child.peak}
-                self.ends.append(end)
-        if orphaned:
+                ended.append((child, end))
+        if ended:
             limits.kill_orphans(keep=self.children)
+        for child, end in ended:
+            said = [_last_words(fd) for fd in child.outputs]
+            if any(said) and end["exitcode"]:
+                end["output"] = said
+            self.ends.append(end)
 
     def kill(self, number: int) -> None:
         """End a worker and everything it started."""
@@ -158,7 +168,39 @@ class Host:
         limits.kill_orphans(keep=())
 
 
-def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket | None, host: int) -> int:
+def _pipes() -> list[tuple[int, int]]:
+    """For the standard output and error of a worker. None if there are no more descriptors: it makes its own."""
+    made: list[tuple[int, int]] = []
+    try:
+        for _ in range(2):
+            made.append(os.pipe())
+    except OSError:
+        for ends in made:
+            for fd in ends:
+                os.close(fd)
+        return []
+    return made
+
+
+def _last_words(fd: int) -> str:
+    """What a worker printed last and did not come to send, since it died. Closes the descriptor."""
+    said = b""
+    try:
+        os.set_blocking(fd, False)
+        for _ in range(64):  # whoever still writes is not waited for
+            data = os.read(fd, 1 << 16)
+            if not data:
+                break
+            said = (said + data)[-LAST_WORDS_BYTES:]
+    except OSError:
+        pass
+    os.close(fd)
+    return said.decode(errors="backslashreplace")
+
+
+def run_worker(
+    request: dict[str, Any], stream: wire.Stream, side: socket.socket | None, host: int, pipes: list[tuple[int, int]]
+) -> int:
     """Be a worker, in a process of its own, until the client is gone. Returns the exit status."""
     import atexit
 
@@ -178,9 +220,11 @@ def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket
     os.dup2(null, 0)
     os.close(null)
     claim = cores = None
+    if home := request.get("home"):
+        os.environ["FLOW_HOME"] = home  # where the locks are that all clients share
     try:
         if cpus := request.get("cpus"):
-            limits.set_cpu(cpus)
+            cores = limits.set_cpu(cpus)
         if gpus := request.get("gpus"):
             from . import gpus as inventory
             from .gpu_request import parse_gpu
@@ -193,7 +237,8 @@ def run_worker(request: dict[str, Any], stream: wire.Stream, side: socket.socket
         meta, payload = worker.failure(error)
         stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
         return 0
-    worker.Worker(stream, side).serve()
+    # What the client says of the environment is of before the claim.
+    worker.Worker(stream, side, pipes=pipes, pinned=claim.env if claim else None).serve()
     atexit._run_exitfuncs()
     del claim, cores  # held until here
     return 0

@@ -10,9 +10,14 @@ import fcntl
 import os
 import select
 import sys
+import termios
 import threading
+from typing import TYPE_CHECKING
 
 from . import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CHUNK_BYTES = 1 << 16
 
@@ -31,16 +36,24 @@ def out_of_the_way(fd: int) -> int:
     return moved
 
 
-class Capture:
-    """Owns descriptors 1 and 2 of this process. `call` is the call that output belongs to now."""
+def _available(fd: int) -> int:
+    """How many bytes can be read from a pipe now."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
-    def __init__(self, stream: wire.Stream) -> None:
+
+class Capture:
+    """Owns descriptors 1 and 2 of this process. `call` is the call that output belongs to now.
+
+    `pipes` are the two to use, reading and writing end, if somebody else reads what is left when this process dies.
+    """
+
+    def __init__(self, stream: wire.Stream, pipes: Sequence[tuple[int, int]] = ()) -> None:
         self.call = 0
         self._stream = stream
         self._lock = threading.Lock()
         self._sources: dict[int, int] = {}  # descriptor to read: flag of its frames
-        for fd, flag in ((1, 0), (2, wire.STDERR)):
-            read_end, write_end = os.pipe()
+        for (fd, flag), ends in zip(((1, 0), (2, wire.STDERR)), pipes or (None, None), strict=True):
+            read_end, write_end = ends or os.pipe()
             os.dup2(write_end, fd, inheritable=True)
             os.close(write_end)
             read_end = out_of_the_way(read_end)
@@ -72,22 +85,24 @@ class Capture:
         flag = self._sources.get(fd)
         if flag is None:
             return False
-        while True:
-            try:
-                data = os.read(fd, CHUNK_BYTES)
-            except BlockingIOError:
-                return True
-            except OSError:
-                data = b""
-            if not data:
-                self._sources.pop(fd, None)
-                return False
-            try:
+        try:
+            while size := _available(fd):
+                # Not read first: a process that dies between reading and sending would lose its last words.
+                self._stream.send_piped(wire.LOG, fd, min(size, CHUNK_BYTES), call=self.call, flags=flag)
+                if size < CHUNK_BYTES:
+                    return True
+            data = os.read(fd, CHUNK_BYTES)  # nothing now, or nothing ever again
+            if data:
                 self._stream.send(wire.LOG, call=self.call, flags=flag, body=data)
-            except EOFError:
-                return False
-            if len(data) < CHUNK_BYTES:
                 return True
+        except BlockingIOError:
+            return True
+        except EOFError:
+            return False
+        except OSError:
+            pass
+        self._sources.pop(fd, None)
+        return False
 
     def flush(self) -> None:
         """Send all that was written until now."""

@@ -21,6 +21,7 @@ a thread, until a frame without the flag. This keeps the common case, one call a
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
@@ -44,7 +45,7 @@ IOV_MAX = 512
 INLINE_BYTES = 1 << 16  # parts smaller than this are joined into one write
 
 # kinds, client to worker
-HELLO, FUNCTION, CALL, BATCH, CREDIT, CLOSE, RECALL, END, OBJECT, DROP, STAGE, SETUP = range(1, 13)
+HELLO, FUNCTION, CALL, BATCH, CREDIT, CLOSE, RECALL, END, OBJECT, DROP, STAGE, SETUP, PATHS = range(1, 14)
 # kinds, worker to client (HELLO both ways)
 LOG, BEGIN, YIELD, PART, RESULT, ERROR, STREAM, NEWS = range(32, 40)
 # either way
@@ -159,6 +160,27 @@ class Stream:
                 start += 1
             if sent:
                 views[start] = views[start][sent:]
+
+    def send_piped(self, kind: int, pipe: int, size: int, *, call: int = 0, flags: int = 0) -> None:
+        """Send a frame whose body is the next `size` bytes of a pipe, which has that many.
+
+        They go from there without passing through this process: if it dies meanwhile, what was not sent is left.
+        """
+        head = HEAD.pack(MAGIC, kind, flags, call, 0, 0, 0, 0, size, 0)[:-4]
+        with self._lock:
+            try:
+                self._writev([memoryview(head + zlib.crc32(head).to_bytes(4, "little"))])
+                while size:
+                    try:
+                        size -= os.splice(pipe, self.write_fd, size)
+                    except (AttributeError, OSError) as error:
+                        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                            raise
+                        data = os.read(pipe, size)
+                        self._writev([memoryview(data)])
+                        size -= len(data)
+            except OSError as error:
+                raise EOFError(f"the other side is gone ({error.strerror})") from None
 
     def send_shared(
         self, kind: int, flags: int, meta: bytes, segment: Segment, entries: Sequence[tuple[int, int]]

@@ -17,7 +17,7 @@ from .errors import ProtocolError, SerializationError, VersionMismatch
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 EVERYBODY = 1 << 31  # as in shm, which is not imported unless it is used
 STREAM_WINDOW = 16  # values of a generator that may be under way
@@ -28,9 +28,20 @@ _STREAMS = (types.GeneratorType, types.AsyncGeneratorType)
 class Worker:
     """One conversation with one client."""
 
-    def __init__(self, stream: wire.Stream, side: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        stream: wire.Stream,
+        side: socket.socket | None = None,
+        *,
+        pipes: Sequence[tuple[int, int]] = (),
+        pinned: Mapping[str, str] | None = None,
+    ) -> None:
+        """`pipes` are for standard output and error, see `logs.Capture`; `pinned`: variables that stay as they are."""
         self.stream = stream
         self.side = side
+        self.pinned = pinned or {}
+        self._pipes = pipes
+        self._own_path: list[str] = []
         self.functions: dict[int, tuple[wire.Frame, str]] = {}
         self.loaded: dict[int, tuple[Callable[..., Any], dict[str, Any]]] = {}
         self.objects: dict[str, Any] = {}
@@ -45,7 +56,7 @@ class Worker:
 
     def serve(self) -> None:
         """Say hello, then answer until the client is gone."""
-        self.capture = logs.Capture(self.stream)
+        self.capture = logs.Capture(self.stream, self._pipes)
         here = {**wire.versions(), "pid": os.getpid(), "host": os.uname().nodename, "shm": self.side is not None}
         self.stream.send(wire.HELLO, meta=json.dumps(here).encode())
         try:
@@ -67,9 +78,10 @@ class Worker:
         os.environ.update(hello.get("env", {}))
         for name in hello.get("unset", ()):
             os.environ.pop(name, None)
+        os.environ.update(self.pinned)
         if "sys_path" in hello:
-            known = set(hello["sys_path"])
-            sys.path[:] = hello["sys_path"] + [entry for entry in sys.path if entry not in known]
+            self._own_path = sys.path[:]
+            self._set_path(hello["sys_path"])
         if cwd := hello.get("cwd"):
             try:
                 os.chdir(cwd)
@@ -81,6 +93,12 @@ class Worker:
 
             self.stream.arena = shm.Arena(self.side)
             self.stream.mapped = shm.Mapped(self.side)
+
+    def _set_path(self, entries: list[str]) -> None:
+        """Import as the client does; what only this side knows comes last."""
+        known = set(entries)
+        sys.path[:] = entries + [entry for entry in self._own_path if entry not in known]
+        sys.path_importer_cache.clear()
 
     def _next(self) -> wire.Frame:
         """The next frame for the main thread: read here, or by the thread that reads ahead while the client says so."""
@@ -134,6 +152,8 @@ class Worker:
         elif kind == wire.FUNCTION:
             self.functions[frame.arg] = (frame, json.loads(frame.meta).get("kwargs", "") if frame.meta else "")
             self.loaded.pop(frame.arg, None)
+        elif kind == wire.PATHS:
+            self._set_path(json.loads(frame.meta))
         elif kind == wire.OBJECT:
             self.objects[frame.meta.decode()] = _Lazy(frame)
         elif kind == wire.DROP:
@@ -367,7 +387,9 @@ class _Objects(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         value = self.store[key]
         if type(value) is _Lazy:
-            value = self.store[key] = pickling.loads(value.frame.body, value.frame.buffers, objects=self)[0]
+            frame = value.frame
+            buffers = [memoryview(buffer).toreadonly() for buffer in frame.buffers]  # all calls share them
+            value = self.store[key] = pickling.loads(frame.body, buffers, objects=self)[0]
         return value
 
 
