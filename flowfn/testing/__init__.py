@@ -25,25 +25,39 @@ try:
 except ImportError as error:
     raise ImportError("flowfn.testing needs pytest: pip install pytest") from error
 
-for _name in ("base", "calls", "control", "failures", "maps"):
+for _name in ("base", "calls", "control", "data", "failures", "lifecycle", "maps", "resources"):
     pytest.register_assert_rewrite(f"flowfn.testing.{_name}")
 
 from .base import FEATURES, Contract, Meeting, needs  # noqa: E402
 from .calls import Generators, Identity, Kinds, Values  # noqa: E402
 from .control import Cancelling, Futures, LostWorkers, Retrying, Timeouts, Versions  # noqa: E402
+from .data import Mounts, Put, References  # noqa: E402
 from .failures import Exceptions, Logs, Serialization  # noqa: E402
+from .lifecycle import CleaningUp, Executors, ProjectCode  # noqa: E402
 from .maps import Maps  # noqa: E402
+from .resources import Cores, Environments, Gpus, Memory  # noqa: E402
 
 __all__ = ["FEATURES", "BackendContract", "Contract", "Meeting", "needs"]
 
 
+# pytest runs the cases of the last base first: identity, before anything else is believed.
 class BackendContract(
+    CleaningUp,
     Versions,
+    References,
+    Mounts,
+    Gpus,
+    Cores,
+    Memory,
+    Environments,
+    Executors,
+    ProjectCode,
     LostWorkers,
     Retrying,
     Timeouts,
     Cancelling,
     Futures,
+    Put,
     Maps,
     Logs,
     Serialization,
@@ -58,3 +72,15 @@ class BackendContract(
     Attributes to override: `unsupported`, `gpus`, `address`. Fixtures to override: `backend`, and `scratch` if workers
     don't see this machine's temporary directory.
     """
+
+
+def _check_names() -> None:
+    """A case of the same name as another would take its place unseen."""
+    seen: set[str] = set()
+    for group in BackendContract.__bases__:
+        cases = {name for name in vars(group) if name.startswith("test_")}
+        assert not cases & seen, f"several cases have these names: {cases & seen}"
+        seen |= cases
+
+
+_check_names()

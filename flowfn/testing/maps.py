@@ -197,7 +197,7 @@ class Maps(Contract):
         with pytest.raises(flow.SerializationError, match="lock"):
             list(self.function(lambda x: x).map(inputs))
 
-    def test_a_result_that_can_not_be_pickled(self) -> None:
+    def test_one_result_that_can_not_be_pickled(self) -> None:
         def f(n: int) -> Any:
             import threading
 
