@@ -9,11 +9,19 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowfn import terminal
+from flowfn import terminal, threads
 from flowfn.clock import Timer, clock
 from flowfn.pool import Ticket
 from flowfn_runtime import exceptions, pickling, wire
-from flowfn_runtime.errors import CallCancelled, FunctionTimeout, ProtocolError, SerializationError, WorkerLost
+from flowfn_runtime.errors import (
+    BackendError,
+    CallCancelled,
+    FunctionTimeout,
+    OutOfMemory,
+    ProtocolError,
+    SerializationError,
+    WorkerLost,
+)
 from flowfn_runtime.pickling import Payload
 
 if TYPE_CHECKING:
@@ -119,8 +127,8 @@ class Call:
             worker, ticket = self.worker, self.ticket
             if worker is not None:
                 worker.kill()
-        if worker is None and ticket is not None and not ticket.cancelled:
-            ticket.gate.release()
+        if worker is None and ticket is not None:
+            ticket.open()
 
 
 class Log:
@@ -166,45 +174,14 @@ def execute(call: Call, pool: Pool, *, sleep: bool = True) -> Any:
     Without `sleep` it may be a Pause: the caller has better things to do than to wait for the next attempt.
     """
     while True:
-        call.ticket = None
-        worker = pool.try_acquire()
-        if worker is None:
-            try:
-                call.ticket = Ticket()
-                worker = pool.acquire(call.ticket)
-            except CallCancelled as error:
-                return Outcome(error=error)
-            except Exception as error:
-                return Outcome(error=error)
-        call.worker = worker
-        if call.cancelled:
-            call.worker = None
-            pool.release(worker)
-            return Outcome(error=CallCancelled(f"{call.name} was cancelled"))
-        started = False
-        outcome: Outcome | RemoteStream | None
         try:
-            started = start(call, worker)
-            outcome = converse(call, worker, pool)
-        except TYPE_ERRORS as error:
-            outcome = _lost(call, worker, error, started)
+            outcome = _attempt(call, pool)
         except BaseException:  # Ctrl-C: nobody wants this call any more
-            worker.kill()
-            pool.discard(worker)
+            pool.reclaim(call)
             raise
-        if isinstance(outcome, RemoteStream):
-            return outcome  # it gives the worker back
-        with _ending:
-            call.worker = None
-        if call.logs is not None:
-            terminal.end_output(call.number)
-        if worker.broken:
-            pool.discard(worker)
-        else:
-            pool.release(worker)
         if outcome is None:  # its worker was lost before it started, or to a kill: once more
             continue
-        if not outcome.types:
+        if isinstance(outcome, RemoteStream) or not outcome.types:
             return outcome
         call.attempt += 1
         delay = retry_delay(outcome.types, call.attempt, call.retries, seed=call.id)
@@ -214,6 +191,42 @@ def execute(call: Call, pool: Pool, *, sleep: bool = True) -> Any:
         if not sleep and delay:
             return Pause(delay)
         time.sleep(delay)
+
+
+def _attempt(call: Call, pool: Pool) -> Outcome | RemoteStream | None:
+    """Have a worker run the call once. None: its worker was lost, and it is to be tried again."""
+    call.ticket = None
+    worker = pool.try_acquire(call)
+    if worker is None:
+        try:
+            call.ticket = Ticket(call)
+            worker = pool.acquire(call.ticket)
+        except Exception as error:
+            return Outcome(error=error)
+    call.worker = worker
+    if call.cancelled:
+        with _ending:
+            call.worker = None
+        pool.release(worker)
+        return Outcome(error=CallCancelled(f"{call.name} was cancelled"))
+    started = False
+    outcome: Outcome | RemoteStream | None
+    try:
+        started = start(call, worker)
+        outcome = converse(call, worker, pool)
+    except TYPE_ERRORS as error:
+        outcome = _lost(call, worker, error, started)
+    if isinstance(outcome, RemoteStream):
+        return outcome  # it gives the worker back
+    with _ending:
+        call.worker = None
+    if call.logs is not None:
+        terminal.end_output(call.number)
+    if worker.broken:
+        pool.discard(worker)
+    else:
+        pool.release(worker)
+    return outcome
 
 
 def start(call: Call, worker: Worker) -> bool:
@@ -276,6 +289,9 @@ def _time_is_up(call: Call, worker: Worker) -> None:
 def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Outcome | None:
     """The outcome of a call whose worker is gone; None: it is to be tried again."""
     lost, by_itself = worker.lost(error)
+    for flags, text in zip((0, wire.STDERR), worker.last_words, strict=True):
+        if text:
+            hear(call, worker, wire.Frame(wire.LOG, flags, call.number, 0, b"", text.encode(), []))
     if call.cancelled:
         return Outcome(error=CallCancelled(f"{call.name} was cancelled"))
     if call.timed_out:
@@ -287,9 +303,9 @@ def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Ou
         return Outcome(error=timeout, own=True)
     if worker.leaving:
         return Outcome(error=CallCancelled(f"flowfn was shut down while {call.name} ran"))
-    if not started and not by_itself:
-        return None
     call.losses += 1
+    if not started and not isinstance(lost, OutOfMemory):
+        by_itself = False  # what ended it can't have been this call
     if by_itself or call.losses >= MAX_LOSSES:
         return Outcome(error=lost_for_good(lost, call.name, call.losses, by_itself), own=by_itself)
     return None
@@ -388,7 +404,10 @@ class RemoteStream:
 
     def __del__(self) -> None:
         if getattr(self, "_worker", None) is not None:
-            threading.Thread(target=self.close, daemon=True).start()
+            try:
+                threads.start(self.close)  # not here: this may be the garbage collector, in any thread
+            except BackendError:
+                pass  # the interpreter ends, and the worker with it
 
     def __aiter__(self) -> RemoteStream:
         return self

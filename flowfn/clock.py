@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from flowfn import threads
+
 
 class Timer:
     """Something to be done at a time; `cancel` takes it back."""
@@ -29,24 +31,25 @@ class Clock:
 
     def __init__(self) -> None:
         self._heap: list[Timer] = []
-        self._condition = threading.Condition(threading.Lock())
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # `with` on it can't be left half-way by Ctrl-C; on a Condition it can
+        self._condition = threading.Condition(self._lock)
+        self._started = False
 
     def later(self, delay: float, action: Callable[[], object]) -> Timer:
         """Do `action` in `delay` seconds, in the clock's thread. It must not block."""
         timer = Timer(time.monotonic() + delay, action)
-        with self._condition:
+        with self._lock:
             heapq.heappush(self._heap, timer)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="flowfn-clock", daemon=True)
-                self._thread.start()
+            if not self._started:
+                threads.start(self._run)
+                self._started = True
             elif self._heap[0] is timer:
                 self._condition.notify()
         return timer
 
     def _run(self) -> None:
         while True:
-            with self._condition:
+            with self._lock:
                 while True:
                     while self._heap and self._heap[0].action is None:
                         heapq.heappop(self._heap)

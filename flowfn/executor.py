@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from flowfn import pool as pools
+from flowfn import threads
 from flowfn.backends import registry
 from flowfn.body import Body, describe
 from flowfn.call import Call
@@ -34,13 +35,27 @@ class Executor(concurrent.futures.Executor):
 
     def __init__(self, max_workers: int | None = None, **options: Any) -> None:
         self._spec = FunctionSpec.from_options(max_workers=max_workers, **options)
-        self._pool = Pool(registry.get(self._spec.backend), self._spec)
-        pools.keep(self._pool)
-        self._lock = threading.Lock()
-        self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self._bodies: dict[Any, Body] = {}
         self._shut_down = False
+        self._forget()
+        self._open()
         _executors.add(self)
+
+    def _forget(self) -> None:
+        """Be as if nothing had been submitted."""
+        self._pool: Pool | None = None
+        self._lock = threading.Lock()
+        self._futures: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+
+    def _open(self) -> Pool:
+        if self._pool is None:
+            self._pool = Pool(registry.get(self._spec.backend), self._spec)
+            pools.keep(self._pool)
+        return self._pool
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start `fn(*args, **kwargs)` on a worker; its Future. Raises RuntimeError after `shutdown`."""
@@ -53,7 +68,7 @@ class Executor(concurrent.futures.Executor):
             call = Call(self._spec, describe(target), body.current(), pickling.dumps(((*bound, *args), kwargs)))
             future: Future[T] = Future(call)
             self._futures.add(future)
-            run_future(self._pool, call, future)
+            run_future(self._open(), call, future)
         return future
 
     def _body(self, function: Any) -> Body:
@@ -94,7 +109,7 @@ class Executor(concurrent.futures.Executor):
                     future.cancel()
         if wait:
             concurrent.futures.wait(futures)
-            self._pool.close()
+            self._close()
         else:
             left = [future for future in futures if not future.done()]
             self._close_after(left)
@@ -103,7 +118,7 @@ class Executor(concurrent.futures.Executor):
         """Close the pool when these are done."""
         count = len(futures)
         if not count:
-            self._pool.close()
+            self._close()
             return
         lock = threading.Lock()
 
@@ -113,7 +128,7 @@ class Executor(concurrent.futures.Executor):
                 count -= 1
                 last = count == 0
             if last:
-                threading.Thread(target=self._pool.close, daemon=True).start()
+                threads.start(self._close)
 
         for future in futures:
             future.add_done_callback(one_less)
@@ -138,6 +153,12 @@ def _chunks(source: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 _executors = weakref.WeakSet()
+
+
+def forget() -> None:
+    """In a forked child: calls and workers are the parent's; executors start anew."""
+    for executor in list(_executors):
+        executor._forget()
 
 
 def _at_exit() -> None:

@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from flowfn import call as calls
-from flowfn import terminal
+from flowfn import terminal, threads
 from flowfn.clock import clock
 from flowfn.courier import Chunk, Courier, Item
 from flowfn_runtime import items, wire
+from flowfn_runtime.errors import BackendError
 from flowfn_runtime.pickling import PLAIN
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Run:
         self.active: dict[Worker, deque[Chunk]] = {}
         self.bytes_seen = self.items_seen = 0
         self.progress = terminal.Progress(name, total)
-        threading.Thread(target=self.pull, name="flowfn-pull", daemon=True).start()
+        threads.start(self.pull)
 
     # the puller
 
@@ -133,8 +134,13 @@ class Run:
                 if self.idle_couriers:
                     self.wake_couriers.notify()
                 elif self.couriers < self.workers:
-                    self.couriers += 1
-                    threading.Thread(target=Courier(self).run, name="flowfn-courier", daemon=True).start()
+                    try:
+                        threads.start(Courier(self).run)  # which waits for the lock that is held here
+                        self.couriers += 1
+                    except BackendError as error:
+                        if not self.couriers:  # nobody will ever take anything
+                            self.error = error
+                            return -1
             while not self.closed and self.stop_at is None and pulled - self.consumed >= self.window:
                 self.puller_waits = True
                 self.wake_puller.wait()
@@ -306,8 +312,13 @@ class Run:
                             self.wake_puller.notify()
                     yield result if type(result) in PLAIN else self.value(result)
                     del result
-        finally:
+        except GeneratorExit:
+            self.close_soon()
+            raise
+        except BaseException:
             self.close()
+            raise
+        self.close()
 
     async def iterate_async(self, guard: Guard) -> AsyncIterator[Any]:
         import asyncio
@@ -333,12 +344,24 @@ class Run:
             self.wake_consumer.notify_all()
             if any(self.active.values()):
                 self.recall()
-                clock.later(GRACE_S, self.kill_active)
+                try:
+                    clock.later(GRACE_S, self.kill_active)
+                except BackendError:
+                    pass  # the interpreter ends, and all workers with it
         self.progress.close()
 
+    def close_soon(self) -> None:
+        """Close in another thread: the garbage collector may be at work here, in a thread that holds our locks."""
+        if not self.closed:
+            try:
+                threads.start(self.close)
+            except BackendError:
+                pass  # the interpreter ends, and all workers with it
+
     def kill_active(self) -> None:
-        for worker in list(self.active):
-            worker.kill()
+        with self.lock:  # what it kills has not been given back, and is nobody else's
+            for worker in self.active:
+                worker.kill()
 
 
 class Guard:
@@ -350,7 +373,7 @@ class Guard:
         self.run = run
 
     def __del__(self) -> None:
-        self.run.close()
+        self.run.close_soon()
 
 
 class Map(Generic[R]):

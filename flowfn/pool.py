@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flowfn import threads
 from flowfn.backends import registry
 from flowfn.clock import Timer, clock
 from flowfn.worker import Worker
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 IDLE_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_GPU_S = 60.0  # others may wait for the GPU
+RETIRE_WAIT_S = 2.0  # how long an idle worker that makes room for another may take to end
 
 
 class Load(NamedTuple):
@@ -43,14 +45,25 @@ def to_start(load: Load) -> int:
 class Ticket:
     """A call's place in the queue for a worker: a lock that is opened when there is a worker or an error."""
 
-    __slots__ = ("cancelled", "error", "gate", "worker")
+    __slots__ = ("_gate", "error", "owner", "worker")
 
-    def __init__(self) -> None:
-        self.gate = threading.Lock()
-        self.gate.acquire()
+    def __init__(self, owner: object = None) -> None:
+        self.owner = owner
+        self._gate = threading.Lock()
+        self._gate.acquire()
         self.worker: Worker | None = None
         self.error: BaseException | None = None
-        self.cancelled = False
+
+    def wait(self) -> None:
+        """Until it is opened."""
+        self._gate.acquire()
+
+    def open(self) -> None:
+        """Let go who waits. Safe to repeat: a worker, an error and a cancellation may come at the same time."""
+        try:
+            self._gate.release()
+        except RuntimeError:
+            pass
 
 
 class Pool:
@@ -79,24 +92,27 @@ class Pool:
 
     def acquire(self, ticket: Ticket | None = None) -> Worker:
         """A worker of one's own until `release` or `discard`. Waits for one; raises what starting one raised."""
-        with self._lock:
-            if self._idle and not self._tickets:
-                return self._idle.pop()
-            if self.closed:
-                raise CallCancelled("the pool was shut down")
-            ticket = ticket or Ticket()
-            self._tickets.append(ticket)
-            self._start_some()
+        ticket = ticket or Ticket()
         try:
-            ticket.gate.acquire()
-        except BaseException:  # Ctrl-C while waiting
+            with self._lock:
+                if self._idle and not self._tickets:
+                    self._lend(ticket)
+                elif self.closed:
+                    raise CallCancelled("the pool was shut down")
+                else:
+                    self._tickets.append(ticket)
+                    self._start_some()
+            if ticket.worker is None:
+                ticket.wait()
+            if ticket.error is not None:
+                raise ticket.error
+            with self._lock:
+                if ticket.worker is None:
+                    raise CallCancelled("the call was cancelled while it waited for a worker")
+                return ticket.worker
+        except BaseException:  # cancelled, or Ctrl-C while waiting
             self.give_up(ticket)
             raise
-        if ticket.worker is not None:
-            return ticket.worker
-        if ticket.error is not None:
-            raise ticket.error
-        raise CallCancelled("the call was cancelled while it waited for a worker")
 
     def expect(self) -> None:
         """A call will come in a moment: if there is no worker at all, the first is started now."""
@@ -105,39 +121,56 @@ class Pool:
                 if not self._alive and not self._starting:
                     self._start(1)
 
-    def try_acquire(self) -> Worker | None:
+    def try_acquire(self, owner: object) -> Worker | None:
         """An idle worker, if there is one and nobody waits for it."""
         with self._lock:
-            return self._idle.pop() if self._idle and not self._tickets else None
+            if not self._idle or self._tickets:
+                return None
+            # Not pop(): Ctrl-C comes between two bytecodes, and at none of them may a worker be nobody's.
+            worker = self._idle[-1]
+            worker.owner = owner
+            del self._idle[-1]
+            return worker
+
+    def _lend(self, ticket: Ticket) -> None:
+        worker = self._idle[-1]
+        worker.owner = ticket.owner
+        ticket.worker = worker
+        del self._idle[-1]
 
     def give_up(self, ticket: Ticket) -> None:
         """The call no longer wants a worker."""
         with self._lock:
-            ticket.cancelled = True
             worker, ticket.worker = ticket.worker, None
-            if worker is None and ticket in self._tickets:
+            if ticket in self._tickets:
                 self._tickets.remove(ticket)
         if worker is not None:
             self.release(worker)
-        elif ticket.gate.locked():
-            ticket.gate.release()
+
+    def reclaim(self, owner: object) -> None:
+        """A call was broken off, by Ctrl-C, at a moment that nobody knows: end the worker that it has, if any."""
+        with self._lock:
+            self._tickets = deque(ticket for ticket in self._tickets if ticket.owner is not owner)
+            workers = [worker for worker in self._alive if worker.owner is owner and worker not in self._idle]
+        for worker in workers:
+            worker.kill()
+            self.discard(worker)
 
     def release(self, worker: Worker) -> None:
         """Give a worker back that is ready for the next call."""
         if worker.broken:
             self.discard(worker)
             return
+        needed = self.spec.gpu and _starved(self)
         with self._lock:
-            if self.closed:
+            worker.owner = None
+            if self.closed or (needed and not self._tickets):
                 self._alive.discard(worker)
             elif self._tickets:
                 self._hand_out(worker)
                 return
             else:
-                worker.idle_since = time.monotonic()
-                self._idle.append(worker)
-                if self._timer is None:
-                    self._timer = clock.later(self.idle_timeout, self._expire)
+                self._make_idle(worker)
                 return
         worker.close()
 
@@ -146,17 +179,38 @@ class Pool:
         worker.close()
         with self._lock:
             self._alive.discard(worker)
-            self._start_some()
+            try:
+                self._start_some()
+            except BackendError as error:
+                self._fail_those_who_wait(error)
 
     @property
     def waited_for(self) -> bool:
-        """Whether calls wait for a worker of this pool."""
-        return bool(self._tickets)
+        """Whether calls wait for a worker of this pool, or for its GPUs."""
+        return bool(self._tickets) or (bool(self.spec.gpu) and _starved(self))
+
+    def retire(self, worker: Worker) -> None:
+        """End a worker if it is idle; returns when it is gone."""
+        with self._lock:
+            if worker not in self._idle:
+                return
+            self._idle.remove(worker)
+            self._alive.discard(worker)
+        worker.close()
+        worker.connection.exit(RETIRE_WAIT_S)
 
     def _hand_out(self, worker: Worker) -> None:
         ticket = self._tickets.popleft()
+        worker.owner = ticket.owner
         ticket.worker = worker
-        ticket.gate.release()
+        ticket.open()
+
+    def _fail_those_who_wait(self, error: BaseException) -> None:
+        """No worker can be had, for any of them (with the lock held)."""
+        tickets, self._tickets = self._tickets, deque()
+        for ticket in tickets:
+            ticket.error = error
+            ticket.open()
 
     # starting and ending workers
 
@@ -169,12 +223,19 @@ class Pool:
 
     def _start(self, count: int) -> None:
         for _ in range(count):
+            try:
+                threads.start(self._start_one)  # which waits for the lock that is held here
+            except BackendError:
+                if not self._alive and not self._starting:
+                    raise
+                return
             self._starting += 1
-            threading.Thread(target=self._start_one, name="flowfn-start", daemon=True).start()
 
     def _start_one(self) -> None:
         worker = error = None
         try:
+            if self.spec.gpu:
+                _make_room(self)
             worker = Worker(self.backend.connect(self.spec))
             worker.greet()
         except BaseException as problem:
@@ -196,10 +257,7 @@ class Pool:
                 # Nobody else can serve those who wait.
                 if not isinstance(error, FlowError):
                     error = BackendError(f"a worker could not be started: {type(error).__name__}: {error}")
-                tickets, self._tickets = self._tickets, deque()
-                for ticket in tickets:
-                    ticket.error = error
-                    ticket.gate.release()
+                self._fail_those_who_wait(error)
                 return
             else:
                 return
@@ -237,7 +295,7 @@ class Pool:
             if self._timer is not None:
                 self._timer.cancel()
         for ticket in tickets:
-            ticket.gate.release()
+            ticket.open()
         for worker in idle:
             worker.close()
         for worker in busy:
@@ -250,12 +308,18 @@ class Pool:
         with self._lock:
             if self.closed:
                 raise CallCancelled("the pool was shut down")
-            self._jobs.append(job)
-            if self._helpers_idle >= len(self._jobs):
+            if self._helpers_idle > len(self._jobs):
+                self._jobs.append(job)
                 self._jobs_ready.notify()
-            elif self._helpers < self.max_workers:
-                self._helpers += 1
-                threading.Thread(target=self._help, name="flowfn-calls", daemon=True).start()
+                return
+            if self._helpers < self.max_workers:
+                try:
+                    threads.start(self._help)  # which waits for the lock that is held here
+                    self._helpers += 1
+                except BackendError:
+                    if not self._helpers:
+                        raise
+            self._jobs.append(job)
 
     @property
     def unfinished(self) -> int:
@@ -288,14 +352,63 @@ current = next(_generations)  # changes when handles must look up their pool ane
 
 
 def pool_for(spec: FunctionSpec) -> Pool:
-    """The pool of this spec's shape, made at the first use."""
+    """The pool of this spec's shape, made at the first use.
+
+    Raises ConfigError if `secrets=` names variables that are not set.
+    """
     backend = registry.get(spec.backend)
+    if spec.secrets and isinstance(spec.secrets, tuple):
+        values = spec.environment(os.environ)  # as they are now: a worker that has others will not do
+        spec = spec.replace(secrets={name: values[name] for name in spec.secrets})
     key = (id(backend), spec.shape)
     with _lock:
         pool = _pools.get(key)
         if pool is None or pool.closed:
             pool = _pools[key] = Pool(backend, spec)
         return pool
+
+
+def _rivals(pool: Pool) -> list[Pool]:
+    """The other pools whose workers hold GPUs of the same backend."""
+    everybody = [*_pools.values(), *_kept]
+    return [other for other in everybody if other.spec.gpu and other is not pool and other.backend is pool.backend]
+
+
+def _starved(pool: Pool) -> bool:
+    """Whether another pool waits for GPUs, such as this one's workers have."""
+    return any(other._starting and not other.backend.has_room(other.spec) for other in _rivals(pool))
+
+
+def _make_room(pool: Pool) -> None:
+    """Idle workers of other shapes give their GPUs up for one that is to start, until there is room for it."""
+    while not pool.backend.has_room(pool.spec):
+        idle = [(worker.idle_since, id(worker), worker, other) for other in _rivals(pool) for worker in other._idle]
+        if not idle:
+            return  # all are busy: it waits for one that ends
+        _, _, worker, other = min(idle)
+        other.retire(worker)
+
+
+def retire_idle(backend: Backend) -> bool:
+    """Where calls wait for a worker that can't start: end the worker that was idle longest in a pool that starts none.
+
+    For backends that learn of it while they wait. Whether there was such a worker.
+    """
+    everybody = [pool for pool in [*_pools.values(), *_kept] if pool.backend is backend]
+    if not any(pool._starting and pool._tickets for pool in everybody):
+        return False
+    others = [pool for pool in everybody if not pool._starting]
+    idle = [(worker.idle_since, id(worker), worker, other) for other in others for worker in list(other._idle)]
+    if idle:
+        _, _, worker, other = min(idle)
+        other.retire(worker)
+    return bool(idle)
+
+
+def wanted(backend: Backend, spec: FunctionSpec) -> bool:
+    """Whether calls wait for workers of this shape."""
+    everybody = [pool for pool in [*_pools.values(), *_kept] if pool.backend is backend]
+    return any(pool._tickets for pool in everybody if pool.spec.shape == spec.shape)
 
 
 def keep(pool: Pool) -> None:
@@ -336,13 +449,15 @@ def _after_fork() -> None:
     from flowfn import clock as clock_module
 
     _lock = threading.Lock()
-    if (calls := sys.modules.get("flowfn.call")) is not None:
-        calls.forget()
     current = next(_generations)
     clock_module.forget()
     for pool in [*_pools.values(), *_kept]:
+        pool.closed = True
         for worker in pool._alive:
             worker.forget()
+    for name in ("call", "executor", "terminal"):
+        if (module := sys.modules.get(f"flowfn.{name}")) is not None:
+            module.forget()
     _pools.clear()
     _kept.clear()
     registry.forget()

@@ -15,6 +15,14 @@ _PARTIAL_BYTES = 1 << 12
 REDRAW_S = 0.1
 
 
+def forget() -> None:
+    """In a forked child: nobody holds the lock, and nothing is drawn."""
+    global _lock, _bar
+    _lock = threading.Lock()
+    _bar = None
+    _partial.clear()
+
+
 def show_output(name: str, call: int, where: str, data: bytes, stderr: bool) -> None:
     """Forward what a call printed. On a terminal each line says which call and worker it is of."""
     file = sys.stderr if stderr else sys.stdout

@@ -13,13 +13,14 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import flowfn_runtime
 from flowfn import config
 from flowfn.backends.base import Backend, Connection, Exit
-from flowfn_runtime import wire
+from flowfn_runtime import paths, wire
 from flowfn_runtime.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _BOOT = (
     "from flowfn_runtime.host import main; main()"
 )
 _PACKET_BYTES = 1 << 20
+_ATTEMPTS = 3  # when somebody kills the host at the very moment it is asked for a worker
+MARK = "FLOWFN_HOST"  # the variable by which a process tells of which host it descends
 
 
 class LocalConnection(Connection):
@@ -80,15 +83,25 @@ class _Host:
     """One host process, and the thread that hears from it."""
 
     def __init__(self, env: Mapping[str, str], launch: dict[str, Any] | None) -> None:
+        _fill_standard_descriptors()
         self.environ = {**os.environ, **{k: v for k, v in env.items() if k.startswith(_EARLY)}}
+        # By this whatever the workers start can be found if the host is killed and can't end it. They all inherit it.
+        self._mark = f"{MARK}={os.getpid()}-{os.urandom(8).hex()}"
         self._lock = threading.Lock()
         self._connections: dict[int, LocalConnection] = {}
         self._count = 0
+        self._closing = False
         self.error: BaseException | None = None
         self.staged = threading.Event()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = _spawn(theirs, self.environ)
-        theirs.close()
+        try:
+            self.pid = _spawn(theirs, {**self.environ, MARK: self._mark.partition("=")[2]})
+        except BaseException:
+            self.control.close()
+            raise
+        finally:
+            theirs.close()
+        _hosts.add(self)
         self._reader = threading.Thread(target=self._listen, name="flowfn-host", daemon=True)
         self._reader.start()
         if launch is not None:
@@ -99,7 +112,12 @@ class _Host:
     def connect(self, request: dict[str, Any], env: Any, accelerated: bool) -> LocalConnection:
         self.staged.wait()
         ours, theirs = socket.socketpair()
-        sides = socket.socketpair() if accelerated else ()
+        try:
+            sides = socket.socketpair() if accelerated else ()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         with self._lock:
             self._count += 1
             number = self._count
@@ -139,6 +157,10 @@ class _Host:
                 break
             self._hear(json.loads(data))
         how = _reap(self.pid)
+        if not self._closing:
+            from flowfn_runtime import limits
+
+            limits.kill_marked(self._mark)
         with self._lock:
             left, self._connections = list(self._connections.values()), {}
         for connection in left:
@@ -153,7 +175,8 @@ class _Host:
                 connection = self._connections.pop(message["id"], None)
             if connection is not None:
                 memory = message.get("out_of_memory") or {}
-                connection.ended(Exit(message["exitcode"], memory.get("limit"), memory.get("peak")))
+                output = tuple(message.get("output", ("", "")))
+                connection.ended(Exit(message["exitcode"], memory.get("limit"), memory.get("peak"), output))
         elif "started" in message:
             if connection := self._connections.get(message["id"]):
                 connection.label = f"local pid {message['pid']}"
@@ -173,12 +196,51 @@ class _Host:
 
     def close(self) -> None:
         """End the host and its workers; returns when it is gone."""
+        self._closing = True
         try:
             self.control.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
         self._reader.join(5)
         self.control.close()
+
+    def was_killed(self) -> bool:
+        """Whether it was killed, by somebody else; another one may then take its place."""
+        self._reader.join(5)
+        return not self.alive and self.error is None and not self._closing
+
+    def forget(self) -> None:
+        """In a forked child: let go of what belongs to the parent."""
+        self.control.close()
+        for connection in self._connections.values():
+            connection.close()
+
+
+_hosts: weakref.WeakSet[_Host] = weakref.WeakSet()
+_backends: weakref.WeakSet[LocalBackend] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for host in list(_hosts):
+        host.forget()
+    _hosts.clear()
+    for backend in list(_backends):
+        backend.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _fill_standard_descriptors() -> None:
+    """Where the user closed descriptors 0 to 2, have /dev/null there, and none of ours, which C code would print to."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
 
 
 def _cwd() -> str | None:
@@ -210,8 +272,10 @@ def _spawn(control: socket.socket, environ: Mapping[str, str]) -> int:
     high = [fcntl.fcntl(control.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)]
     try:
         pidfd = os.pidfd_open(os.getpid())
-        high.append(fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 10))
-        os.close(pidfd)
+        try:
+            high.append(fcntl.fcntl(pidfd, fcntl.F_DUPFD_CLOEXEC, 10))
+        finally:
+            os.close(pidfd)
     except (AttributeError, OSError):
         pass  # an old kernel
     try:
@@ -221,7 +285,12 @@ def _spawn(control: socket.socket, environ: Mapping[str, str]) -> int:
         actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
         argv = [sys.executable, "-c", _BOOT]
         defaults = [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP]
-        return os.posix_spawn(sys.executable, argv, environ, file_actions=actions, setsigdef=defaults)
+        options: dict[str, Any] = {"file_actions": actions, "setsigdef": defaults, "setsigmask": []}
+        try:
+            # In a session of its own from the start: Ctrl-C is not for it.
+            return os.posix_spawn(sys.executable, argv, environ, setsid=True, **options)
+        except NotImplementedError:
+            return os.posix_spawn(sys.executable, argv, environ, **options)
     except OSError as error:
         raise BackendUnavailable(f"no process can be started with {sys.executable}: {error}") from error
     finally:
@@ -240,6 +309,11 @@ class LocalBackend(Backend):
 
     def __init__(self, *, accelerated: bool = True) -> None:
         self.accelerated = accelerated and hasattr(os, "memfd_create")
+        self.forget()
+        _backends.add(self)
+
+    def forget(self) -> None:
+        """In a forked child: the hosts are the parent's."""
         self._hosts: dict[Any, _Host] = {}
         self._lock = threading.Lock()
 
@@ -250,7 +324,7 @@ class LocalBackend(Backend):
                 hint='leave image= out, or choose a backend that has images, such as backend="container"',
             )
         env = spec.environment(os.environ)
-        request: dict[str, Any] = {}
+        request: dict[str, Any] = {"home": paths.home()}
         if spec.memory:
             request["memory"] = spec.memory
         if spec.cpu:
@@ -258,7 +332,14 @@ class LocalBackend(Backend):
         if spec.gpu:
             request["gpus"] = list(map(str, spec.gpu))
             request["declared_gpus"] = config.load().gpus
-        return self._host(spec, env).connect(request, env, self.accelerated)
+        for attempt in range(_ATTEMPTS):
+            host = self._host(spec, env)
+            try:
+                return host.connect(request, env, self.accelerated)
+            except BackendUnavailable:
+                if attempt == _ATTEMPTS - 1 or not host.was_killed():
+                    raise
+        raise AssertionError
 
     def _host(self, spec: FunctionSpec, env: Mapping[str, str]) -> _Host:
         early = tuple(sorted((k, v) for k, v in env.items() if k.startswith(_EARLY)))
@@ -266,6 +347,8 @@ class LocalBackend(Backend):
         with self._lock:
             host = self._hosts.get((mounted, early))
             if host is None or not host.alive:
+                if host is not None:
+                    host.close()
                 launch = None
                 if spec.mounts:
                     mounts = [mount.to_dict() for mount in spec.mounts]
@@ -280,7 +363,9 @@ class LocalBackend(Backend):
         host.staged.wait()
         if host.error is not None:
             with self._lock:
-                self._hosts.pop((mounted, early), None)
+                if self._hosts.get((mounted, early)) is host:
+                    del self._hosts[(mounted, early)]
+            host.close()
             raise host.error
         return host
 
@@ -294,6 +379,14 @@ class LocalBackend(Backend):
             return max(fit)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, int(cores // spec.cpu)) if spec.cpu else cores
+
+    def has_room(self, spec: FunctionSpec) -> bool:
+        if not spec.gpu:
+            return True
+        from flowfn_runtime import gpus
+
+        free = gpus.free(gpus.inventory(config.load().gpus))
+        return any(sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in free) >= g.count for g in spec.gpu)
 
     def close(self) -> None:
         with self._lock:

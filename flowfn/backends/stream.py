@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 NOISE_BYTES = 1 << 18  # what login shells and engines may print before the loader speaks
 TAIL_BYTES = 1 << 14  # of standard error: what is kept for messages
+LINE_BYTES = 1 << 18  # the line about how the worker ended may hold what it printed last
 PIPE_BYTES = 1 << 20
 ATTEMPTS = 3  # when the project changes while it is sent
 END_S = 5.0  # how long a program that is to end may take before it is killed
@@ -103,6 +104,10 @@ class StreamConnection(Connection):
                 return
         call()
 
+    def heard(self, line: bytes) -> bool:
+        """A line of the program's standard error, as it comes. True: it is not for messages. Must not block."""
+        return False
+
     def judge(self, status: int) -> Exit:
         """How a worker ended whose own word is lacking, from the exit status of the program here."""
         return Exit(detail=self.said())
@@ -143,7 +148,7 @@ class StreamConnection(Connection):
         rest = b""
         while data := self.process.stderr.read(1 << 16):
             *lines, rest = (rest + data).split(b"\n")
-            if len(rest) > TAIL_BYTES:
+            if len(rest) > LINE_BYTES:
                 lines, rest = [*lines, rest], b""
             for line in lines:
                 if line.startswith(mark):
@@ -151,7 +156,7 @@ class StreamConnection(Connection):
                         self._mark = json.loads(line[len(mark) :])
                     except ValueError:
                         pass
-                else:
+                elif not self.heard(line):
                     self._tail += line + b"\n"
             del self._tail[:-TAIL_BYTES]
         self._tail += rest

@@ -217,6 +217,26 @@ def kill_orphans(keep: Collection[int] = ()) -> None:
                 stuck.add(pid)
 
 
+def kill_marked(mark: str) -> None:
+    """SIGKILL every process that was started with `mark` ("NAME=value") in its environment, and wait for their end.
+
+    For what is nobody's child any more, since all that would have ended it was killed. What such a process starts
+    meanwhile has the mark as well, so it is looked again until there are no more.
+    """
+    wanted = mark.encode()
+    for _ in range(64):
+        found = [
+            pid
+            for pid in (int(name) for name in os.listdir("/proc") if name.isdigit())
+            if wanted in _read(f"/proc/{pid}/environ").split(b"\0") and pid != os.getpid()
+        ]
+        if not found:
+            return
+        _send(found, signal.SIGKILL)
+        for pid in found:
+            _await_end(pid)
+
+
 def _children(pid: int) -> list[int]:
     if _kernel_lists_children():
         return _listed_children(pid)
