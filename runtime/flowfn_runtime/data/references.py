@@ -123,7 +123,7 @@ def _rebuild(cls: type[Reference], state: dict[str, Any]) -> Reference:
     cls._blank(reference)  # type: ignore[attr-defined]
     reference._lock = threading.RLock()
     reference._arrived = True
-    reference.__dict__.update(state)
+    vars(reference).update(state)
     note_reference(reference)
     return reference
 
@@ -140,7 +140,7 @@ class _Readable(Reference):
         super().__init__(url, storage_options=storage_options)
         self._blank()
         if isinstance(url, type(self)):
-            self.__dict__.update(url._state())
+            vars(self).update(url._state())
 
     def _blank(self) -> None:
         self._pin = None

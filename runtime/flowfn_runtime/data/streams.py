@@ -85,7 +85,8 @@ def decompressed(raw: Any, url: str, compression: str, kind: str = "r") -> Any:
     name = infer_compression(url.partition("?")[0]) if compression == "infer" else compression
     if name is None:
         return raw
-    codec = compr.get(name) or _zstd(name)
+    codecs: dict[str | None, Any] = compr
+    codec = codecs.get(name) or _zstd(name)
     if codec is None:
         hint = "pip install zstandard" if name == "zstd" else f"known here: {', '.join(sorted(filter(None, compr)))}"
         raise ValidationError(f"no codec for compression={name!r} is installed ({redact(url)})", hint=hint)

@@ -53,7 +53,7 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
         the last part is one. Raises `DataNotFound` if there is no such volume, `DataAccessDenied` if the path leads
         out of it.
         """
-        clean: str = self._strip_protocol(path)
+        clean = _bare(path)
         parts = clean.split("/")
         if ".." in parts or "\0" in clean:
             raise DataAccessDenied(f"volume://{clean} has '..' in it", url=f"volume://{clean}")
@@ -75,7 +75,7 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
         whole = f"{name}/{rest}".rstrip("/")
         best, target = "", ""
         for source, where in _mounted().items():
-            prefix = self._strip_protocol(source)
+            prefix = _bare(source)
             if (whole == prefix or whole.startswith(prefix + "/")) and len(prefix) > len(best):
                 best, target = prefix, where
         if best:
@@ -101,16 +101,16 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     @classmethod
     def _parent(cls, path: str) -> str:
-        path = cls._strip_protocol(path)
+        path = _bare(path)
         return path.rsplit("/", 1)[0] if "/" in path else cls.root_marker
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
-        clean = self._strip_protocol(path)
+        clean = _bare(path)
         found: list[dict[str, Any]]
         if not clean:
-            labels = {self._strip_protocol(source).partition("/")[0] for source in _mounted()}
+            labels = {_bare(source).partition("/")[0] for source in _mounted()}
             if MOUNTS not in os.environ:
                 labels = {volume.label for volume in volumes.list_volumes(self.project or volumes.current_project())}
             found = [{"name": label, "size": 0, "type": "directory"} for label in sorted(labels)]
@@ -125,7 +125,7 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return found if detail else [info["name"] for info in found]
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        clean = self._strip_protocol(path)
+        clean = _bare(path)
         if not clean:
             return {"name": "", "size": 0, "type": "directory"}
         with _about(clean):
@@ -231,11 +231,16 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return any(character in path for character in "*?[")
 
     def _not_whole(self, path: str) -> None:
-        clean: str = self._strip_protocol(path)
+        clean = _bare(path)
         if "/" not in clean:
             raise DataAccessDenied(
                 f"volume://{clean} is a whole volume", url=f"volume://{clean}", hint=f"flow volume rm {clean}"
             )
+
+
+def _bare(path: str) -> str:
+    """`name/path`, without protocol and outer slashes."""
+    return str(VolumeFileSystem._strip_protocol(path))
 
 
 _copies: dict[tuple[str, ...], volumes.Attachment] = {}

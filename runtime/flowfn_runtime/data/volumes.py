@@ -13,88 +13,56 @@ working copy (volume_sync): fetched when the first user on this host attaches, w
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ValidationError, VolumeError, VolumeInUse, VolumeNotFound
+from ..errors import VolumeError, VolumeInUse, VolumeNotFound
 from . import volume_db, volume_files, volume_locks
-from .volume_locks import Attachment as Attachment
+from .volume_locks import Attachment
+from .volume_model import (
+    DEFAULT_PROJECT,
+    DEFAULT_SIZE_GB,
+    ID_PREFIX,
+    MAX_SIZE_GB,
+    Interface,
+    Volume,
+    check_name,
+    check_properties,
+    is_id,
+)
 
 if TYPE_CHECKING:
     import sqlite3
 
     from .volume_bucket import Bucket
 
-Interface = Literal["block", "file"]
+__all__ = [
+    "DEFAULT_PROJECT",
+    "DEFAULT_SIZE_GB",
+    "MAX_SIZE_GB",
+    "Attachment",
+    "Interface",
+    "Volume",
+    "attach",
+    "check_name",
+    "check_size",
+    "commit",
+    "create",
+    "current_project",
+    "delete",
+    "find",
+    "find_or_create",
+    "get",
+    "in_use",
+    "is_id",
+    "list_volumes",
+    "usage_bytes",
+]
 
-DEFAULT_SIZE_GB = 100
-MAX_SIZE_GB = 16384
-DEFAULT_PROJECT = "default"
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]*[a-z0-9]")
-_ID_PREFIX = "vol_"  # no name can begin so: names hold no underscore
 _COLUMNS = "id, project, name, size_gb, interface, region, created_at"
 _LOG = "flowfn"
-
-
-@dataclass(frozen=True)
-class Volume:
-    """Named, persistent, read-write storage of a project."""
-
-    id: str  # "vol_" and 16 hex digits
-    project: str
-    name: str | None  # None: unnamed, found by its id only
-    size_gb: int  # what was asked for; a breach is reported, not enforced
-    interface: Interface  # "block": one task at a time; "file": shared
-    region: str | None  # None: anywhere
-    created_at: float  # seconds since the epoch
-    path: str  # the directory of its data on this host
-
-    @property
-    def label(self) -> str:
-        """Its name, or its id where it has none: for messages."""
-        return self.name or self.id
-
-    @property
-    def url(self) -> str:
-        """`volume://<name or id>`."""
-        return f"volume://{self.label}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
-        return asdict(self)
-
-
-# -- what may be asked for ---------------------------------------------------------------------------------------------
-
-
-def check_name(name: str) -> str:
-    """Return `name` if a volume can be called so, else raise `ValidationError`."""
-    if not 3 <= len(name) <= 64 or not _NAME.fullmatch(name):
-        raise ValidationError(
-            f"a volume can't be named {name!r}",
-            hint="use 3 to 64 of a-z, 0-9 and '-', beginning and ending with a letter or digit",
-        )
-    return name
-
-
-def is_id(id_or_name: str) -> bool:
-    """True if this is a volume's id, False if it is a name."""
-    return id_or_name.startswith(_ID_PREFIX)
-
-
-def _check(size_gb: int, interface: str, region: str | None, project: str) -> None:
-    if isinstance(size_gb, bool) or not isinstance(size_gb, int) or not 1 <= size_gb <= MAX_SIZE_GB:
-        raise ValidationError(f"size_gb={size_gb!r}: a volume has 1 to {MAX_SIZE_GB} GB, as a whole number")
-    if interface not in ("block", "file"):
-        raise ValidationError(f"interface={interface!r}: it is 'block' (one task at a time) or 'file' (shared)")
-    if region is not None and not region.strip():
-        raise ValidationError("region='': name a region, or leave it out")
-    if not project:
-        raise ValidationError("project='': a volume belongs to a project", hint="leave it out for 'default'")
 
 
 def current_project() -> str:
@@ -135,7 +103,7 @@ def create(
     """
     if name is not None:
         check_name(name)
-    _check(size_gb, interface, region, project)
+    check_properties(size_gb, interface, region, project)
 
     volume = _new(name, size_gb, interface, region, project)
 
@@ -168,7 +136,7 @@ def find_or_create(
     However many processes ask at once, they get one and the same volume.
     """
     check_name(name)
-    _check(size_gb, interface, region, project)
+    check_properties(size_gb, interface, region, project)
     if there := find(name, project):
         return there
     volume = _new(name, size_gb, interface, region, project)
@@ -394,7 +362,7 @@ def _select(db: sqlite3.Connection, id_or_name: str, project: str) -> Volume | N
 
 
 def _new(name: str | None, size_gb: int, interface: Interface, region: str | None, project: str) -> Volume:
-    volume_id = _ID_PREFIX + os.urandom(8).hex()
+    volume_id = ID_PREFIX + os.urandom(8).hex()
     return Volume(volume_id, project, name, size_gb, interface, region, time.time(), _data_path(volume_id))
 
 
