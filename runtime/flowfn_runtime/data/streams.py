@@ -85,7 +85,7 @@ def decompressed(raw: Any, url: str, compression: str, kind: str = "r") -> Any:
     name = infer_compression(url.partition("?")[0]) if compression == "infer" else compression
     if name is None:
         return raw
-    codecs: dict[str | None, Any] = compr
+    codecs: Any = compr
     codec = codecs.get(name) or _zstd(name)
     if codec is None:
         hint = "pip install zstandard" if name == "zstd" else f"known here: {', '.join(sorted(filter(None, compr)))}"
