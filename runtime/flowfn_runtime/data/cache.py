@@ -80,9 +80,14 @@ class Cache:
     """The cache in `root` (`FLOW_CACHE`, ... see `paths.cache`), with at most `limit_bytes` in it."""
 
     def __init__(self, root: str | None = None, *, limit_bytes: int | None = None) -> None:
-        self.root = paths.private_dir(os.path.join(root or paths.cache(), "data"))
-        for name in ("objects", "snapshots", "building", "trash", "latest"):
-            paths.private_dir(os.path.join(self.root, name))
+        self.root = os.path.join(root or paths.cache(), "data")
+        try:
+            for name in ("", "objects", "snapshots", "building", "trash", "latest"):
+                paths.private_dir(os.path.join(self.root, name))
+        except OSError as error:
+            raise DataError(
+                f"The cache can't be in {self.root}: {error.strerror}.", hint="Choose another place: FLOW_CACHE."
+            ) from error
         self.room = Room(self.root, limit_bytes=limit_bytes)
 
     def stage(

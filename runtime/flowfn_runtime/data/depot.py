@@ -78,6 +78,10 @@ class ObjectJob:
                 os.link(self.arrived, depot.stored(self.name))
             except FileExistsError:
                 pass
+            except OSError as error:
+                # A filesystem without hard links: the object is for this snapshot alone.
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                    raise
         finally:
             depot.locks.release(self.name)
 

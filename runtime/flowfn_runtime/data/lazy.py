@@ -76,14 +76,13 @@ def serve(source: Source, *, mount_points: Sequence[str] = ()) -> Served:
         with process.stdin, process.stdout:
             pickle.dump((source.recipe, _plain(listing), list(mount_points)), process.stdin, protocol=5)
             process.stdin.flush()
+            process.wait()  # only the one that started the server; that is nobody's child, and ends with its lease
             try:
                 path, failure = pickle.load(process.stdout)
             except EOFError:
-                raise DataError(f"The server of {redact(source.url)} ended with {process.wait()}.") from None
+                raise DataError(f"The server of {redact(source.url)} ended unexpectedly.") from None
         if failure is not None:
-            process.wait()
             raise failure
-        process.returncode = 0  # it is nobody's child to wait for: it ends when its lease does
     except BaseException:
         os.close(hold)
         raise
@@ -169,17 +168,13 @@ class _Server:
         return blocks.read(offset, size, self.pool.submit)
 
     def run(self, watch: int) -> None:
-        threading.Thread(target=self._end_with_lease, args=(watch,), daemon=True).start()
-        self.mount.serve()
-
-    def _end_with_lease(self, watch: int) -> None:
-        os.read(watch, 1)
-        self.remove()
-        os._exit(0)
-
-    def remove(self) -> None:
-        self.mount.unmount()
+        threading.Thread(target=self._unmount_with_lease, args=(watch,), daemon=True).start()
+        self.mount.serve()  # until it is unmounted
         _remove(self.folder)
+
+    def _unmount_with_lease(self, watch: int) -> None:
+        os.read(watch, 1)
+        self.mount.unmount()
 
 
 def _sweep(folder: str) -> None:
@@ -203,6 +198,8 @@ def _remove(folder: str) -> None:
 
 def _main(watch: int, stdin: IO[bytes], stdout: IO[bytes]) -> None:
     recipe, (url, base, single, objects), mount_points = pickle.load(stdin)
+    if os.fork():
+        os._exit(0)
     try:
         listing = Listing(url, base, single, tuple(Object(*object) for object in objects))
         server = _Server(open_source(*recipe), listing, mount_points)

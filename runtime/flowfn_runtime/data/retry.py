@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from flowfn_runtime.data.http1 import Unreachable, WireError
 from flowfn_runtime.data.spec import redact
-from flowfn_runtime.errors import CallCancelled, DataUnavailable
+from flowfn_runtime.errors import CallCancelled, ConfigError, DataUnavailable
 
 T = TypeVar("T")
 
@@ -21,7 +21,11 @@ _LONGEST_DELAY_S = 5.0
 
 def patience_s() -> float:
     """How long a server may fail before we give up, in seconds: `FLOW_DATA_PATIENCE`, else 60."""
-    return float(os.environ.get("FLOW_DATA_PATIENCE") or 60)
+    text = os.environ.get("FLOW_DATA_PATIENCE") or "60"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"FLOW_DATA_PATIENCE is {text!r}.", hint="Write a number of seconds.") from None
 
 
 class Patience:
