@@ -18,8 +18,9 @@ from flowfn_runtime.data import crew
 from flowfn_runtime.data.cache import Cache
 from flowfn_runtime.data.copying import download, stream
 from flowfn_runtime.data.credentials import environment, s3_settings
+from flowfn_runtime.data.fsspec_source import FsspecSource
 from flowfn_runtime.data.model import Progress
-from flowfn_runtime.data.sources import open_source
+from flowfn_runtime.data.sources import S3Source, open_source
 from flowfn_runtime.data.transfer import PART_BYTES, WHOLE_BYTES
 from flowfn_runtime.data.upload import upload
 from flowfn_runtime.errors import ConfigError, DataAccessDenied, DataError, DataNotFound
@@ -305,6 +306,29 @@ def test_other_filesystems_are_sources_too(tmp_path: Path) -> None:
     with pytest.raises(DataNotFound):
         open_source(f"memory:/{name}/nothing").listing()
     memory.rm(name, recursive=True)
+
+
+def test_s3_by_way_of_fsspec_where_there_is_a_proxy(s3: S3) -> None:
+    """Proxies are left to s3fs: the same data, credentials and errors."""
+    expected = {"a": b"a", "sub/b": os.urandom(WHOLE_BYTES + 5), "empty": b""}
+    for key, value in expected.items():
+        s3.put(f"set/{key}", value)
+    # A proxy for another scheme than the server's: what decides is tested, and the way stays open.
+    env = {**s3.env, "HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    direct = open_source(f"{s3.url}/set", None, env)
+    assert isinstance(direct, S3Source)
+    direct.close()
+    assert not isinstance(open_source(f"{s3.url}/set", None, env | {"NO_PROXY": ""}), S3Source)
+    source = FsspecSource(f"{s3.url}/set", {}, s3.env)
+    with Cache().stage(source) as snapshot:
+        assert tree(Path(snapshot.path)) == expected
+    s3.put("set/a", b"new")
+    with Cache().stage(source) as snapshot:
+        assert snapshot.fetched_bytes == 3 and (Path(snapshot.path) / "a").read_bytes() == b"new"
+    with pytest.raises(DataNotFound):
+        FsspecSource(f"{s3.url}/nothing", {}, s3.env).listing()
+    with pytest.raises(DataAccessDenied):
+        FsspecSource(f"{s3.url}/set", {"secret": "wrong"}, s3.env).listing()
 
 
 def test_an_unknown_scheme_says_so() -> None:

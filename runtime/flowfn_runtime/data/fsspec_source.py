@@ -18,6 +18,14 @@ _PIECE_BYTES = 4 << 20
 
 # Variables of a task's own environment that filesystems read from the process's: option of the filesystem by variable.
 _FROM_ENV = {
+    "s3": {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_SESSION_TOKEN": "token",
+        "AWS_PROFILE": "profile",
+        "AWS_ENDPOINT_URL": "endpoint_url",
+        "AWS_ENDPOINT_URL_S3": "endpoint_url",
+    },
     "gs": {"GOOGLE_APPLICATION_CREDENTIALS": "token", "GOOGLE_CLOUD_PROJECT": "project"},
     "abfs": {
         "AZURE_STORAGE_CONNECTION_STRING": "connection_string",
@@ -27,7 +35,7 @@ _FROM_ENV = {
     },
     "hf": {"HF_TOKEN": "token", "HF_ENDPOINT": "endpoint"},
 }
-_SAME = {"gcs": "gs", "az": "abfs", "abfss": "abfs", "adl": "abfs"}
+_SAME = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs", "adl": "abfs"}
 
 
 class FsspecSource:

@@ -56,13 +56,28 @@ def open_source(url: str, options: Mapping[str, Any] | None = None, env: Mapping
 def _open(url: str, options: Mapping[str, Any], env: Mapping[str, str]) -> Source:
     scheme = scheme_of(url)
     if scheme in ("s3", "s3a"):
-        bucket, _, key = url.partition("://")[2].partition("/")
-        return S3Source(S3(bucket, s3_settings(options, env)), key)
-    if scheme in ("http", "https"):
+        settings = s3_settings(options, env)
+        if not _proxied(settings.endpoint or "https://s3.amazonaws.com", env):
+            bucket, _, key = url.partition("://")[2].partition("/")
+            return S3Source(S3(bucket, settings), key)
+    elif scheme in ("http", "https") and not _proxied(url, env):
         return HttpSource(url, options, env)
+    # Whatever is left; and proxies, which the engines of fsspec's filesystems know how to use.
     from flowfn_runtime.data.fsspec_source import FsspecSource
 
     return FsspecSource(url, options, env)
+
+
+def _proxied(url: str, env: Mapping[str, str]) -> bool:
+    """Whether the environment wants requests to `url` to go through a proxy."""
+    lower = {name.lower(): value for name, value in env.items() if name.lower().endswith("_proxy") and value}
+    parts = urlsplit(url)
+    if not lower.get(f"{parts.scheme}_proxy", lower.get("all_proxy")):
+        return False
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
+
+    names = {name.removesuffix("_proxy"): value for name, value in lower.items()}
+    return not proxy_bypass_environment(parts.netloc, names)
 
 
 class S3Source:
