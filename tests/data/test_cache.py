@@ -142,6 +142,8 @@ def test_more_keys_than_a_page(s3: S3) -> None:
     expected = sorted([*keys, "00999-"])
     first = stage(s3, "set/")
     assert list(content(first)) == expected
+    with stage(s3, "set") as same:
+        assert same.digest == first.digest
     # The second listing runs in series side by side that begin where the pages of the first did.
     (s3.root / "set/01998").unlink()
     s3.put("set/00000-new")

@@ -144,8 +144,10 @@ class S3Source:
         single = page[0] if page and page[0].key == key else None
         members = [object for object in page if object.key.startswith(folder)]
         # "p" may be followed by "p-1" and so on before "p/..." begins, and by "p0" after it.
-        if token and (page[-1].key < folder or page[-1].key.startswith(folder)):
+        if token and page[-1].key < folder:
             members = self._all(folder, hints, patience)
+        elif token and page[-1].key.startswith(folder):
+            members += self._all(folder, hints, patience, after=page[-1].key)
         if members and single and single.size:
             raise DataError(
                 f"{self.url} is both an object and a prefix of others.",
@@ -165,15 +167,16 @@ class S3Source:
             hint=f"Check the spelling: flow data ls s3://{self.client.bucket}/",
         )
 
-    def _all(self, prefix: str, hints: Sequence[str], patience: Patience) -> list[Object]:
-        """Every object with `prefix`. Pages come one after another, so hints let several series run side by side."""
-        starts = [hint for hint in sorted(set(hints)) if hint.startswith(prefix)]
+    def _all(self, prefix: str, hints: Sequence[str], patience: Patience, *, after: str | None = None) -> list[Object]:
+        """Every object with `prefix`, from the one `after` on. Pages come one after another, so hints let several
+        series of them run side by side."""
+        starts = [hint for hint in sorted(set(hints)) if hint.startswith(prefix) and (after is None or hint > after)]
         if not starts:
-            return self._series(prefix, None, None, patience)
+            return self._series(prefix, after, None, patience)
         from concurrent.futures import ThreadPoolExecutor
 
         # Whatever the hints are worth, the series together cover every key exactly once.
-        bounds = [None, *starts, None]
+        bounds = [after, *starts, None]
         with ThreadPoolExecutor(min(len(bounds) - 1, 16)) as pool:
             series = pool.map(lambda ends: self._series(prefix, ends[0], ends[1], patience), pairwise(bounds))
             return [object for part in series for object in part]
