@@ -10,6 +10,8 @@ VENV ?= .venv
 PYTHON ?=
 # Further arguments of pytest or of a benchmark: make test ARGS='-k map -x'
 ARGS ?=
+# How many processes run the tests: a number, auto (one a core), or 0 for this one alone.
+JOBS ?= auto
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -21,7 +23,7 @@ quickstart: $(VENV)/.have-examples ## Install into .venv and run the main exampl
 	@$(PY) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.have-test ## Install the test extra and run every test that this machine can run
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 docs-test: $(VENV)/.have-test ## Run the code blocks of README and docs, and the docstrings' examples
 	@$(PY) -m pytest tests/docs $(ARGS)
