@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sized
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from flowfn import body as bodies_here
@@ -59,8 +60,16 @@ class Function(Generic[P, R]):
     # here
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the function here, as if it were not decorated."""
-        return self.__flow_wrapped__(*self._bound, *map(_here, args), **kwargs)
+        """Run the function here, as if it were not decorated. Outputs among its arguments are published."""
+        here: Any = (*self._bound, *map(_here, args))
+        output = sys.modules.get("flowfn_runtime.data.output")
+        outputs = [a for a in (*here, *kwargs.values()) if isinstance(a, output.Output)] if output else ()
+        if not outputs:
+            return self.__flow_wrapped__(*here, **kwargs)
+        with ExitStack() as stack:
+            for each in outputs:
+                stack.enter_context(each)
+            return self.__flow_wrapped__(*here, **kwargs)
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here: the same as calling it."""
