@@ -14,8 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from . import paths, taskdir
 from .errors import NameConflict, ResourceUnavailable, TaskError, TaskNotFound
@@ -64,8 +63,7 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class TaskRow:
+class TaskRow(NamedTuple):
     """What is known of a task. Times are in seconds since the epoch."""
 
     seq: int  # order of submission among all tasks of this home
@@ -92,7 +90,7 @@ class TaskRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
-        fields = asdict(self)
+        fields = self._asdict()
         del fields["boot_id"], fields["seq"]
         return fields | {"ports": list(self.ports)}
 
@@ -269,7 +267,7 @@ def settled(row: TaskRow) -> TaskRow:
         return row
     fresh = _read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (row.id,)).fetchone())
     if fresh is None or not (row := _row(fresh)).active:
-        return row if fresh is not None else replace(row, state=FAILED, reason="it was removed")
+        return row if fresh is not None else row._replace(state=FAILED, reason="it was removed")
     ended = _what_became(row, directory)
     if not taskdir.is_held(directory, "tree"):  # else its last processes are dying: the next reader writes it down
         try:
@@ -277,7 +275,7 @@ def settled(row: TaskRow) -> TaskRow:
             update(row.id, **ended)
         except (TaskError, OSError):
             pass  # a read-only home or a full disk: what is returned is right all the same
-    return replace(row, **ended)
+    return row._replace(**ended)
 
 
 def _what_became(row: TaskRow, directory: str) -> dict[str, Any]:
@@ -367,13 +365,13 @@ def _read(work: Callable[[sqlite3.Connection], T]) -> T | None:
 def _connection(mode: str) -> Iterator[sqlite3.Connection]:
     # A rollback journal, not WAL: it can be read in a read-only home, and works on network filesystems.
     import sqlite3
-    from urllib.parse import quote
 
     path = _database()
     try:
         if mode == "rwc":
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        uri = f"file:{quote(path)}?mode={mode}"
+        quoted = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        uri = f"file:{quoted}?mode={mode}"
         db = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         try:
             yield db
