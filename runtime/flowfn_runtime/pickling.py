@@ -109,8 +109,17 @@ def _dumps_general(value: Any, *, in_band: bool = False) -> Payload:
     before, _noted.sink = _noted.sink, references
     try:
         stream = io.BytesIO()
-        collect = (lambda _: True) if in_band else _collect(buffers)
-        _pickler_class()(stream, 5, buffer_callback=collect).dump(value if in_band else _with_big_bytes(value, {}))
+        plain, apart = _pickler_classes()
+        if in_band:
+            plain(stream, 5).dump(value)
+        elif not _has_big_bytes(value):
+            plain(stream, 5, buffer_callback=_collect(buffers)).dump(value)
+        else:
+            pickler = apart(stream, 5, buffer_callback=_collect(buffers))
+            pickler.dump(value)
+            carrier = _Carrier(stream.getvalue(), pickler.big, buffers)
+            buffers = []
+            return Payload(pickle.dumps(carrier, 5, buffer_callback=_collect(buffers)), buffers, references)
         return Payload(stream.getbuffer(), buffers, references)
     except Exception as error:
         raise explain(value, error) from error
@@ -148,49 +157,47 @@ def loads(data: Any, buffers: Sequence[Any] = (), *, objects: dict[str, Any] | N
 # What pickle would copy
 
 
-class _Bytes:
-    """Stands for a big bytes object, so that it goes out of band."""
+class _Carrier:
+    """A pickle beside which big bytes objects and its buffers travel out of band."""
 
-    __slots__ = ("value",)
+    __slots__ = ("big", "buffers", "inner")
 
-    def __init__(self, value: bytes) -> None:
-        self.value = value
+    def __init__(self, inner: bytes, big: list[bytes], buffers: list[Any]) -> None:
+        self.inner = inner
+        self.big = big
+        self.buffers = buffers
 
     def __reduce__(self) -> Any:
-        return bytes, (pickle.PickleBuffer(self.value),)
+        big = [pickle.PickleBuffer(value) for value in self.big]
+        return load_carried, (self.inner, big, [pickle.PickleBuffer(buffer) for buffer in self.buffers])
 
 
-def _with_big_bytes(value: Any, memo: dict[int, Any], depth: int = _DEPTH) -> Any:
-    """The value with `_Bytes` for big bytes objects in its (small) outer containers.
+class _Carried(pickle.Unpickler):
+    big: list[bytes]
 
-    Containers without any stay themselves, and `memo` has the others replaced once: what is the same object in the
-    value is so in the copy.
-    """
-    known = memo.get(id(value))
-    if known is not None:
-        return known
-    if not _has_big_bytes(value, depth):
+    def persistent_load(self, index: Any) -> bytes:
+        value: bytes = self.big[index]
         return value
-    copy: Any
-    if type(value) is bytes:
-        copy = memo[id(value)] = _Bytes(value)
-    elif type(value) is dict:
-        copy = memo[id(value)] = {}
-        copy.update((key, _with_big_bytes(item, memo, depth - 1)) for key, item in value.items())
-    elif type(value) is list:
-        copy = memo[id(value)] = []
-        copy.extend(_with_big_bytes(item, memo, depth - 1) for item in value)
-    else:
-        copy = memo[id(value)] = tuple([_with_big_bytes(item, memo, depth - 1) for item in value])
-    return copy
 
 
-_pickler: type[pickle.Pickler] | None = None
+def load_carried(inner: bytes, big: list[Any], buffers: list[Any]) -> Any:
+    """What a pickle with big bytes objects beside it stands for."""
+    unpickler = _Carried(io.BytesIO(inner), buffers=buffers)
+    unpickler.big = [bytes(value) for value in big]
+    return unpickler.load()
+
+
+_picklers: tuple[type[pickle.Pickler], type[Any]] | None = None
 
 
 def _pickler_class() -> type[pickle.Pickler]:
-    global _pickler
-    if _pickler is None:
+    return _pickler_classes()[0]
+
+
+def _pickler_classes() -> tuple[type[pickle.Pickler], type[Any]]:
+    """Picklers for any value: a plain one, and one that keeps big bytes objects out of its pickle."""
+    global _picklers
+    if _picklers is None:
         import cloudpickle
 
         class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -200,8 +207,23 @@ def _pickler_class() -> type[pickle.Pickler]:
                     return reduced
                 return super().reducer_override(obj)
 
-        _pickler = Pickler
-    return _pickler
+        class ApartPickler(Pickler):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.big: list[bytes] = []
+                self._known: dict[int, int] = {}
+
+            def persistent_id(self, obj: Any) -> int | None:
+                if type(obj) is not bytes or len(obj) < OUT_OF_BAND_BYTES:
+                    return None
+                index = self._known.get(id(obj))
+                if index is None:
+                    index = self._known[id(obj)] = len(self.big)
+                    self.big.append(obj)
+                return index
+
+        _picklers = Pickler, ApartPickler
+    return _picklers
 
 
 def _reduce_tensor(obj: Any) -> Any:
@@ -216,7 +238,8 @@ def _reduce_tensor(obj: Any) -> Any:
     if array.dtype is not torch.uint8:
         array = array.view(torch.uint8)
     name = str(obj.dtype).removeprefix("torch.")
-    return rebuild_tensor, (pickle.PickleBuffer(array.numpy()), name, tuple(obj.shape), obj.requires_grad)
+    flat: Any = array.numpy()
+    return rebuild_tensor, (pickle.PickleBuffer(flat), name, tuple(obj.shape), obj.requires_grad)
 
 
 def rebuild_tensor(buffer: Any, dtype: str, shape: tuple[int, ...], requires_grad: bool) -> Any:
@@ -240,7 +263,7 @@ def explain(value: Any, error: BaseException, *, what: str = "value") -> Seriali
     path, culprit = _culprit(value, what)
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
     reason = str(error) or type(error).__name__
-    if isinstance(error, RecursionError):
+    if isinstance(error, RecursionError) or "recursion" in reason:
         reason = "it is nested too deeply"
     return SerializationError(
         f"{path} (a {kind}) can't be pickled: {reason}",
