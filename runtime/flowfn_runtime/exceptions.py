@@ -186,15 +186,20 @@ def _traceback(frames: list[tuple[str, str, int]]) -> types.TracebackType | None
         return None
     from tblib import Traceback
 
-    chain: dict[str, Any] | None = None
-    for filename, name, line in reversed(frames):
-        code = {"co_filename": filename, "co_name": name}
-        frame = {
-            "f_globals": {"__name__": name, "__file__": filename},
-            "f_locals": {},
-            "f_code": code,
-            "f_lineno": line,
-        }
-        chain = {"tb_frame": frame, "tb_lineno": line, "tb_next": chain}
-    traceback: types.TracebackType | None = Traceback.from_dict(chain).as_traceback()
+    traceback: types.TracebackType | None = None
+    made: dict[tuple[str, str, int], Any] = {}  # endless recursion has the same few frames a thousand times
+    for each in reversed(frames):
+        frame = made.get(each)
+        if frame is None:
+            filename, name, line = each
+            described = {
+                "f_globals": {"__name__": name, "__file__": filename},
+                "f_locals": {},
+                "f_code": {"co_filename": filename, "co_name": name},
+                "f_lineno": line,
+            }
+            alone = Traceback.from_dict({"tb_frame": described, "tb_lineno": line, "tb_next": None}).as_traceback()
+            frame = made[each] = alone.tb_frame
+        # One by one, since tblib itself would recurse.
+        traceback = types.TracebackType(traceback, frame, frame.f_lasti, each[2])
     return traceback

@@ -86,11 +86,14 @@ class Capture:
         if flag is None:
             return False
         try:
-            while size := _available(fd):
-                # Not read first: a process that dies between reading and sending would lose its last words.
-                self._stream.send_piped(wire.LOG, fd, min(size, CHUNK_BYTES), call=self.call, flags=flag)
-                if size < CHUNK_BYTES:
-                    return True
+            left = _available(fd)
+            if left:
+                # No more than there is now: what goes on writing would have us here for ever.
+                while left > 0:
+                    # Not read first: a process that dies between reading and sending would lose its last words.
+                    self._stream.send_piped(wire.LOG, fd, min(left, CHUNK_BYTES), call=self.call, flags=flag)
+                    left -= CHUNK_BYTES
+                return True
             data = os.read(fd, CHUNK_BYTES)  # nothing now, or nothing ever again
             if data:
                 self._stream.send(wire.LOG, call=self.call, flags=flag, body=data)
@@ -103,6 +106,14 @@ class Capture:
             pass
         self._sources.pop(fd, None)
         return False
+
+    def forget(self) -> None:
+        """In a forked child: what is written is for the parent to read."""
+        for fd in self._sources:
+            os.close(fd)
+        self._sources = {}
+        self._poll = select.poll()
+        self._lock = threading.Lock()
 
     def flush(self) -> None:
         """Send all that was written until now."""

@@ -11,6 +11,7 @@ with no copy, for as long as it lives.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
@@ -140,8 +141,10 @@ class Mapped:
 
         while number not in self._maps:
             message, fds, _, _ = socket.recv_fds(self.side, 12, 1)
-            if not fds:
+            if not message:
                 raise EOFError("the other side is gone")
+            if not fds:  # the kernel had no room for it in this process's table
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE) + ", and shared memory needs one")
             which, size = struct.unpack("<IQ", message)
             try:
                 self._maps[which] = mmap.mmap(fds[0], size)

@@ -288,6 +288,12 @@ class Stream:
                 pass
         self.read_fd = self.write_fd = -1
 
+    def forget(self) -> None:
+        """In a forked child: the conversation is the parent's, and so is whoever holds the lock."""
+        self.close()
+        self._lock = threading.Lock()
+        self.arena = self.mapped = None
+
 
 def versions() -> dict[str, Any]:
     """What this side says of itself in HELLO."""

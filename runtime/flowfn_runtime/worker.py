@@ -47,6 +47,7 @@ class Worker:
         self.objects: dict[str, Any] = {}
         self.batch: Batch | None = None
         self.recalled = 0
+        self.forked = False  # in a child that a call forked
         self._loop: Any = None
         self._ahead = False
         self._ahead_go: threading.Semaphore | None = None
@@ -57,6 +58,7 @@ class Worker:
     def serve(self) -> None:
         """Say hello, then answer until the client is gone."""
         self.capture = logs.Capture(self.stream, self._pipes)
+        os.register_at_fork(after_in_child=self._forked)
         here = {**wire.versions(), "pid": os.getpid(), "host": os.uname().nodename, "shm": self.side is not None}
         self.stream.send(wire.HELLO, meta=json.dumps(here).encode())
         try:
@@ -68,10 +70,20 @@ class Worker:
                 self._answer(self._next())
         except EOFError:
             pass
+        except OSError as error:  # out of descriptors or memory, used up by earlier calls: the client finds another
+            print(f"flowfn: this worker can't go on: {error}", file=sys.stderr)
         except (ProtocolError, VersionMismatch) as error:
             payload = exceptions.dumps(error)
             meta = _error_meta(error, "runtime")
             self.stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
+
+    def _forked(self) -> None:
+        """In a child that a call forks: it has no client, and must not speak to its parent's."""
+        self.forked = True
+        self.stream.forget()
+        self.capture.forget()
+        if self.side is not None:
+            self.side.close()
 
     def _welcome(self, hello: dict[str, Any]) -> None:
         wire.check_versions(wire.versions(), hello, where="the client")
@@ -132,7 +144,7 @@ class Worker:
                         batch = self.batch
                         wait = FLUSH_S if batch is not None and batch.flush() else min(wait * 2, 0.1)
                     frame = self.stream.receive()
-                except (EOFError, ProtocolError) as error:
+                except BaseException as error:  # the main thread waits for it
                     self._frames.put(error)
                     return
                 if frame.kind == wire.RECALL:
@@ -207,10 +219,14 @@ class Worker:
                 value = None
             else:
                 value = self.settle(value)
+            if self.forked:
+                end_fork(None)
             finish(references, True)
             payload = result_payload(value)
             value = None
         except BaseException as error:
+            if self.forked:
+                end_fork(error)
             finish(references, False)
             meta, payload = failure(error)
             kind = wire.ERROR
@@ -241,6 +257,8 @@ class Worker:
         credit = STREAM_WINDOW
         try:
             for value in values:
+                if self.forked:
+                    end_fork(None)
                 payload = result_payload(value)
                 self.capture.flush()
                 self.stream.send(wire.YIELD, call=call, body=payload.data, buffers=payload.buffers)
@@ -315,7 +333,11 @@ class Batch:
                     if type(value) not in plain:
                         value = items.Packed(result_payload(_no_stream(worker.settle(value))))
                 except BaseException as error:
+                    if worker.forked:
+                        end_fork(error)
                     value = _failed(error)
+            if worker.forked:
+                end_fork(None)
             capture.flush()
             results.append(value)
             if worker.recalled == self.call or (self.stops and type(value) is items.Packed and value.head):
@@ -334,9 +356,13 @@ class Batch:
             argument = None
             value = _no_stream(self.worker.settle(function(*args, **shared)))
             args = ()
+            if self.worker.forked:
+                end_fork(None)
             finish(references, True)
             return items.Packed(result_payload(value))
         except BaseException as error:
+            if self.worker.forked:
+                end_fork(error)
             finish(references, False)
             return _failed(error)
 
@@ -401,6 +427,21 @@ def finish(references: list[Any], ok: bool) -> None:
         except Exception:
             if ok:
                 raise
+
+
+def end_fork(error: BaseException | None) -> None:
+    """End a process that a call forked and that came back from the function: the call is its parent's."""
+    code = 0
+    try:
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            code = 1
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def result_payload(value: Any) -> pickling.Payload:

@@ -679,6 +679,45 @@ print(list(careful.map([]) ), list(flow.function(max_workers=1)(lambda x: x).map
     assert out.splitlines() == ["returned 'fine'", "[] [1, 2, 3]"]
 
 
+def test_what_floods_the_output_for_ever_holds_up_no_result(scene: Scene) -> None:
+    err = scene.run(
+        HEAD
+        + """
+@flow.function(max_workers=1)
+def start_flood(x):
+    subprocess.Popen(["sh", "-c", "while true; do head -c 10000000 /dev/zero; done"])
+    return x
+
+assert start_flood.remote(1) == 1
+assert [start_flood.remote(n) for n in range(3)] == [0, 1, 2]
+assert list(start_flood.map(range(4))) == [0, 1, 2, 3]
+flow.shutdown()
+sys.stderr.write("whole")
+"""
+    ).err
+    assert err == "whole"
+
+
+def test_last_words_are_heard(scene: Scene) -> None:
+    result = scene.run(
+        HEAD
+        + """
+@flow.function(max_workers=1)
+def assertion_in_c(x):
+    os.write(2, b"assertion failed: x > 0\\n" * 3)
+    print("and", x, flush=True)
+    os.abort()
+
+future = assertion_in_c.spawn(5)
+outcome(future.result)
+assert future.logs().count("assertion failed: x > 0") == 3 and "and 5" in future.logs(), future.logs()
+list(assertion_in_c.map([1], return_exceptions=True))
+"""
+    )
+    assert result.err.count("assertion failed: x > 0") == 6
+    assert "and 5" in result.out and "and 1" in result.out
+
+
 def test_threads_and_processes_of_a_call_that_go_on_harm_no_other(scene: Scene) -> None:
     out = scene.run(
         HEAD
