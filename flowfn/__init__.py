@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flowfn.references import upload as upload
     from flowfn.shared import Shared as Shared
     from flowfn.shared import put as put
+    from flowfn.slurm_options import Slurm as Slurm
     from flowfn.spec import Retries as Retries
     from flowfn.task import Task as Task
     from flowfn.taskconfig import TaskConfig as TaskConfig
@@ -95,6 +96,7 @@ _WHERE = {
     "flowfn.pool": ["shutdown"],
     "flowfn.references": ["Dir", "File", "Output", "Partition", "StagedPath", "files", "partitions", "upload"],
     "flowfn.shared": ["Shared", "put"],
+    "flowfn.slurm_options": ["Slurm"],
     "flowfn.spec": ["Retries"],
     "flowfn.task": ["Task"],
     "flowfn.taskconfig": ["TaskConfig", "VolumeSpec"],

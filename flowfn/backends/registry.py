@@ -11,6 +11,7 @@ from flowfn_runtime.errors import BackendUnavailable, ConfigError
 GROUP = "flowfn.backends"
 BUILT_IN = {  # known without reading every package's metadata
     "local": "flowfn.backends.local:LocalBackend",
+    "slurm": "flowfn.backends.slurm:SlurmBackend",
     "ssh": "flowfn.backends.ssh:SshBackend",
 }
 
@@ -19,12 +20,17 @@ _lock = threading.RLock()
 
 
 def get(choice: Any = None) -> Backend:
-    """The backend of that name, URL (`ssh://host`) or configured name; a Backend object is returned as it is.
+    """The backend of that name, URL (`ssh://host`), configured name or options; a Backend object is returned as it is.
 
     None asks the configuration (`FLOW_BACKEND` and so on). Raises ConfigError for a name that nobody offers.
     """
     if isinstance(choice, Backend):
         return choice
+    if (make := getattr(choice, "make_backend", None)) is not None:  # options of a backend, such as flow.Slurm(...)
+        with _lock:
+            if choice not in _made:
+                _made[choice] = make()
+            return _made[choice]
     from flowfn import config
 
     settings = config.load()
