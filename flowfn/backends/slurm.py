@@ -1,0 +1,333 @@
+"""The Slurm backend: each worker is a job of one task, and `srun`'s own standard input and output are its stream.
+
+`srun` asks for the job, waits in the queue, starts the worker and ends with it; ending `srun` ends the job. So there is
+nothing on the cluster but the job, and no port is opened. Workers live long: a map starts some and sends them all of
+its items. Where a job of ours has to wait in the queue, idle workers of other shapes end to make room.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowfn import loader, shipping, slurm_options, terminal, threads
+from flowfn.backends import slurm_queue, stream
+from flowfn.backends.base import Backend, Connection, Exit
+from flowfn.clock import clock
+from flowfn.slurm_options import Slurm
+from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
+
+if TYPE_CHECKING:
+    from flowfn.spec import FunctionSpec
+
+ATTEMPTS = 3  # to start a worker whose job is preempted or loses its node while it starts
+TERM_S = 5.0  # how long srun may take to end its job, before it is killed and the job cancelled
+CLOSE_S = 1.0  # how long idle workers may take to end by themselves when the backend is closed
+LOOK_S = (1.0, 10.0)  # how often the queue is looked at while jobs wait: at first, and at last
+ROOM_S = 2.0  # how long a worker that made room for a job may take to be gone, before the next one does
+UNWANTED_S = 10.0  # after so long a job that no call waits for any more leaves the queue
+SAYS = b"flowfn-job "  # begins the line by which a job says that it runs: its number, its node
+_SAY = 'echo "flowfn-job $SLURM_JOB_ID $SLURMD_NODENAME" >&2; exec "$@"'
+_QUEUED = re.compile(rb"srun: job (\d+) queued and waiting")
+
+
+class SlurmConnection(stream.StreamConnection):
+    """One srun, and the job that it stands for."""
+
+    def __init__(self, argv: Sequence[str], *, label: str, environ: Any, backend: SlurmBackend, start: _Start) -> None:
+        self.backend = backend
+        self.start = start
+        self.name = start.name
+        self.memory = start.spec.memory
+        self.job = ""
+        self.node = ""
+        self.waits = False  # in the queue
+        self.reason = ""  # why, as squeue says
+        self.begun = time.monotonic()
+        self.failure: FlowError | None = None  # what to raise, where this client ended it for a reason
+        self._killed = False
+        self._word = label
+        start.connection = self
+        super().__init__(argv, label=label, environ=environ)
+        backend.track(self)
+        self.on_end(functools.partial(backend.untrack, self))
+
+    def heard(self, line: bytes) -> bool:
+        if line.startswith(SAYS):
+            self.job, _, self.node = line[len(SAYS) :].decode(errors="replace").partition(" ")
+            self.label = f"slurm job {self.job} on {self.node}"
+            self.backend.runs(self)
+            return True
+        if queued := _QUEUED.match(line):
+            self.job = queued[1].decode()
+            self.waits = True
+            self.label = f"slurm job {self.job}"
+            self.backend.somebody_waits()
+        return False
+
+    def kill(self) -> None:
+        # srun answers SIGTERM by killing the job's processes, and ends: some 60 ms.
+        if self._ended.is_set():
+            return
+        self._signal(signal.SIGTERM)
+        if not self._killed:
+            self._killed = True
+            clock.later(TERM_S, self._insist)
+
+    def _insist(self) -> None:
+        if not self._ended.is_set():
+            self._signal(signal.SIGKILL)
+            threads.start(lambda: self.backend.queue.cancel(self.name))
+
+    def _signal(self, number: int) -> None:
+        if self.process.poll() is None:
+            try:
+                self.process.send_signal(number)
+            except ProcessLookupError:
+                pass
+
+    def ended_within(self, timeout: float) -> bool:
+        return self._ended.wait(timeout)
+
+    def exit(self, timeout: float) -> Exit:
+        how = super().exit(timeout)
+        if how.by_itself or self._killed or not self._ended.is_set() or not self.facts:
+            return how
+        # Killed, or lost without a word: what Slurm did to the job.
+        said = self.said(1000)
+        words = slurm_queue.end_of(said)
+        if words is None and (job := self.backend.queue.job(self.name)) is not None:
+            words = slurm_queue.end_of(f"{job.state} {job.reason}")
+        if words is None:
+            return how
+        limit = self.memory if words == slurm_queue.OOM else None
+        detail = f"Slurm job {self.job} {words}" if self.job else f"its Slurm job {words}"
+        return Exit(how.exitcode, limit, how.peak_bytes, how.output, detail)
+
+    def judge(self, status: int) -> Exit:
+        said = self.said()
+        if status < 0:
+            return Exit(detail=f"its srun was killed by {signal.Signals(-status).name}" + (f"\n{said}" if said else ""))
+        return Exit(128 - status if status > 128 else None, detail=said)
+
+
+class _Unwanted(BackendUnavailable):
+    """The job was given up in the queue, since no call waited for it."""
+
+
+class _Start:
+    """One worker that is to start: the connection while there is one, and what to raise if nothing comes of it."""
+
+    def __init__(self, backend: SlurmBackend, spec: FunctionSpec, name: str, argv: list[str]) -> None:
+        self.backend = backend
+        self.spec = spec
+        self.name = name
+        self.argv = argv
+        self.connection: SlurmConnection | None = None
+        self.again = False
+
+    def __call__(self, launch: shipping.Launch) -> SlurmConnection:
+        kind = functools.partial(SlurmConnection, backend=self.backend, start=self)
+        environ = self.backend.environment()
+        made = stream.start(self.argv, launch, label="slurm", environ=environ, explain=self.explain, kind=kind)
+        assert isinstance(made, SlurmConnection)
+        return made
+
+    def explain(self, status: int, said: str) -> FlowError | None:
+        connection = self.connection
+        assert connection is not None
+        if connection.failure is not None:
+            from flowfn import pool
+
+            # A call may have come meanwhile.
+            self.again = isinstance(connection.failure, _Unwanted) and pool.wanted(self.backend, self.spec)
+            return connection.failure
+        asked = " ".join(word for word in self.argv[1:] if word.startswith("-") and not word.startswith("--job-name"))
+        asked = asked.partition(" -c ")[0]
+        words = slurm_queue.end_of(said)
+        if words is None:
+            return slurm_queue.meaning(said, asked, self.backend.there())
+        self.again = connection.node != "" and words not in (slurm_queue.OOM,)
+        what = f"Slurm job {connection.job}" if connection.job else "its Slurm job"
+        return BackendUnavailable(f"a worker did not start: {what} {words}\n{said.strip()}")
+
+
+class SlurmBackend(Backend):
+    """Workers as jobs of a Slurm cluster. What may be said of them: `flow.Slurm`, or the same names here."""
+
+    name = "slurm"
+
+    def __init__(self, options: Slurm | None = None, *, url: str | None = None, **more: Any) -> None:
+        if url is not None:
+            raise ConfigError(
+                f"backend={url!r}: a Slurm cluster is reached from its login nodes only",
+                hint='run this there, with backend="slurm"',
+            )
+        if options is not None and more:
+            raise ConfigError("pass the options of Slurm jobs in flow.Slurm or one by one, not both")
+        self.options = options or Slurm(**more)
+        self.queue = slurm_queue.Queue()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._live: set[SlurmConnection] = set()
+        self._watching = False
+        self._closed = 0  # how often
+
+    # the contract
+
+    def connect(self, spec: FunctionSpec) -> Connection:
+        image = _image(spec)
+        generation = self._closed
+        need, _ = self._choose(spec)
+        environ = {"FLOW_HOME": self.options.home} if self.options.home else {}
+        launch = shipping.launch(spec, enforce=("cpu", "memory"), environ=environ, image=image)
+        program = ["/bin/sh", "-c", _SAY, "sh", *loader.program(self.options.python, cache=self.options.cache)]
+        for attempt in range(1, ATTEMPTS + 1):
+            name = self.queue.new_name()
+            # Without --unbuffered Slurm passes on whole lines only.
+            argv = ["srun", f"--job-name={name}", "--nodes=1", "--ntasks=1", "--mpi=none", "--unbuffered"]
+            start = _Start(self, spec, name, argv + need.arguments() + self.options.arguments() + program)
+            try:
+                connection = start(launch)
+            except BackendUnavailable:
+                if not start.again or attempt == ATTEMPTS or self._closed != generation:
+                    raise
+            else:
+                if self._closed != generation:
+                    connection.kill()
+                return connection
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def slots(self, spec: FunctionSpec) -> int:
+        return min(self._choose(spec)[1], self.options.workers)
+
+    def has_room(self, spec: FunctionSpec) -> bool:
+        return not any(connection.waits for connection in list(self._live))
+
+    def close(self) -> None:
+        """End all jobs; returns when they are over."""
+        self._closed += 1
+        deadline = time.monotonic() + CLOSE_S
+        live = list(self._live)
+        for connection in live:
+            if not connection.facts:  # it waits, or starts
+                connection.kill()
+        for connection in live:
+            connection.ended_within(max(0.0, deadline - time.monotonic()))
+        for connection in live:
+            connection.kill()
+        deadline = time.monotonic() + TERM_S + stream.END_S
+        for connection in live:
+            connection.ended_within(max(0.0, deadline - time.monotonic()))
+        self.queue.close()
+
+    # what there is
+
+    def _choose(self, spec: FunctionSpec) -> tuple[slurm_options.Need, int]:
+        nodes = slurm_options.partition_nodes(self.queue.nodes(), self.options.partition)
+        return slurm_options.choose(spec, nodes)
+
+    def there(self) -> str:
+        """What the cluster has, for messages."""
+        try:
+            return slurm_options.summary(self.queue.nodes())
+        except FlowError:
+            return ""
+
+    def environment(self) -> dict[str, str]:
+        """For srun, which hands it on to the worker. The shell that looks for Python there finds this one first."""
+        environ = slurm_queue.environment()
+        if self.options.python is None and sys.executable:
+            environ["PATH"] = f"{os.path.dirname(sys.executable)}:{environ.get('PATH', os.defpath)}"
+        return environ
+
+    # jobs that wait
+
+    def track(self, connection: SlurmConnection) -> None:
+        with self._lock:
+            self._live.add(connection)
+
+    def untrack(self, connection: SlurmConnection) -> None:
+        with self._lock:
+            self._live.discard(connection)
+            if connection.waits:
+                connection.waits = False
+                self._changed.notify_all()
+
+    def runs(self, connection: SlurmConnection) -> None:
+        """A job has started."""
+        with self._lock:
+            if connection.waits:
+                connection.waits = False
+                self._changed.notify_all()
+
+    def somebody_waits(self) -> None:
+        """A job is in the queue: it is watched from here on, with all others."""
+        with self._lock:
+            if self._watching:
+                return
+            self._watching = True
+        threads.start(self._watch)
+
+    def _watch(self) -> None:
+        """While jobs wait: make room for them, say why they wait, and give up those that wait in vain."""
+        from flowfn import pool
+
+        pause = LOOK_S[0]
+        while True:
+            with self._lock:
+                waiting = [connection for connection in self._live if connection.waits]
+                if not waiting:
+                    self._watching = False
+                    return
+            made_room = pool.retire_idle(self)
+            jobs = self.queue.jobs()
+            for connection in waiting:
+                if connection.waits and (job := jobs.get(connection.name)):
+                    self._judge(connection, job)
+            with self._lock:
+                if all(connection.waits for connection in waiting):
+                    self._changed.wait(ROOM_S if made_room else pause)
+            pause = min(pause * 1.5, LOOK_S[1])
+
+    def _judge(self, connection: SlurmConnection, job: slurm_queue.Job) -> None:
+        from flowfn import pool
+
+        if job.state != "PENDING":
+            return
+        waited = time.monotonic() - connection.begun
+        if job.reason != connection.reason and job.reason not in ("None", ""):
+            connection.reason = job.reason
+            if sys.stderr is not None and sys.stderr.isatty():
+                text = f"waits in Slurm's queue: {job.reason}\n"
+                terminal.show_output("slurm", 0, connection.label, text.encode(), True)
+        if slurm_queue.hopeless(job.reason):
+            connection.failure = ResourceUnavailable(
+                f"Slurm job {job.number} would wait for ever: {job.reason}",
+                hint=f"the cluster has: {self.there()}",
+            )
+        elif waited > UNWANTED_S and not pool.wanted(self, connection.start.spec):
+            connection.failure = _Unwanted(f"Slurm job {job.number} waited in the queue, and no call for it any more")
+        elif self.options.wait_s is not None and waited > self.options.wait_s:
+            connection.failure = ResourceUnavailable(
+                f"Slurm job {job.number} waited longer than {self.options.wait_s:g} s in the queue: {job.reason}",
+                hint=f"the cluster has: {self.there()}; wait longer with wait=",
+            )
+        if connection.failure is not None:
+            connection.kill()
+
+
+def _image(spec: FunctionSpec) -> Any:
+    if isinstance(spec.image, str):
+        raise ConfigError(
+            f"image={spec.image!r}: the slurm backend has no containers",
+            hint="say what to install: image=flow.Image.python('3.12').pip_install(...)",
+        )
+    return spec.image

@@ -1,0 +1,223 @@
+"""A real Slurm for tests: one slurmctld and three slurmd on this machine, on loopback, with files of their own.
+
+As a program it stays until its standard input ends, and prints SLURM_CONF.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "srun", "squeue", "sinfo", "scancel", "scontrol", "sbatch")
+PACKAGES = "apt-get install --no-install-recommends slurm-wlm"
+START_S = 30.0
+
+
+def why_not() -> str | None:
+    """Why there can be no Slurm here, or None."""
+    if missing := [program for program in PROGRAMS if find(program) is None]:
+        return f"there is no {missing[0]} ({PACKAGES})"
+    return None if os.getuid() == 0 else "only root can start slurmd, and make device files for its GPUs"
+
+
+def find(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+
+
+class SlurmCluster:
+    """n1 has two a100, n2 an h100, n3 no GPU. Partitions: main (all, the default), cpu (n3), and physics, which is for
+    an account of that name only. A preempting partition `urgent` takes nodes from `main`."""
+
+    CPUS = 16
+    MEMORY_MIB = 16000
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="flowfn-slurm-", dir="/tmp"))
+        self.root.chmod(0o755)
+        self.conf = self.root / "slurm.conf"
+        self.environ = {"SLURM_CONF": str(self.conf)}
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> SlurmCluster:
+        ports = _free_ports(4)
+        for number in range(2):
+            os.mknod(self.root / f"nvidia{number}", 0o20666, os.makedev(1, 3))
+        host = socket.gethostname().partition(".")[0]
+        user = pwd.getpwuid(os.getuid()).pw_name
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.CPUS} "
+            f"RealMemory={self.MEMORY_MIB} {gres} State=UNKNOWN"
+            for name, port, gres in zip(
+                ("n1", "n2", "n3"), ports[1:], ("Gres=gpu:a100:2", "Gres=gpu:h100:1", ""), strict=True
+            )
+        )
+        self.conf.write_text(
+            f"""
+ClusterName=flowtest
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={self.root}/state
+SlurmdSpoolDir={self.root}/spool.%n
+SlurmctldPidFile={self.root}/slurmctld.pid
+SlurmdPidFile={self.root}/slurmd.%n.pid
+SlurmctldLogFile={self.root}/slurmctld.log
+SlurmdLogFile={self.root}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
+MpiDefault=none
+ReturnToService=2
+SlurmdParameters=config_overrides
+GresTypes=gpu
+DefMemPerCPU=500
+KillWait=2
+SlurmdTimeout=6
+MessageTimeout=5
+{nodes}
+PartitionName=main Nodes=n[1-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=cpu Nodes=n3 MaxTime=60 State=UP PriorityTier=1
+PartitionName=urgent Nodes=n3 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
+"""
+        )
+        (self.root / "gres.conf").write_text(
+            f"NodeName=n1 Name=gpu Type=a100 File={self.root}/nvidia[0-1]\n"
+            f"NodeName=n2 Name=gpu Type=h100 File={self.root}/nvidia0\n"
+        )
+        (self.root / "state").mkdir()
+        self._spawn("slurmctld", "-D")
+        for name in ("n1", "n2", "n3"):
+            self.start_node(name)
+        self._wait_until_up()
+        return self
+
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node."""
+        self._spawn("slurmd", "-D", "-N", name, label=name)
+
+    def _spawn(self, program: str, *arguments: str, label: str = "") -> None:
+        path = find(program)
+        assert path
+        self.daemons[label or program] = subprocess.Popen(
+            [path, *arguments],
+            env={**os.environ, **self.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_S
+        while (states := self.states()) != {"n1": "idle", "n2": "idle", "n3": "idle"}:
+            dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                logs = "\n".join(path.read_text()[-2000:] for path in self.root.glob("*.log"))
+                raise RuntimeError(f"Slurm did not start: {dead or states}\n{logs}")
+            time.sleep(0.05)  # its daemons report to nobody
+
+    def states(self) -> Mapping[str, str]:
+        """The nodes as the controller sees them."""
+        lines = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False).splitlines()
+        return dict(line.split() for line in lines if len(line.split()) == 2)
+
+    def run(self, *argv: str, check: bool = True) -> str:
+        """What one of Slurm's commands prints."""
+        done = subprocess.run(
+            argv, env={**os.environ, **self.environ}, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert not check or done.returncode == 0, f"{argv}: {done.stderr}"
+        return done.stdout
+
+    def jobs(self) -> list[str]:
+        """The numbers of the jobs that wait or run."""
+        return self.run("squeue", "-h", "-t", "pending,running,suspended", "-o", "%A").split()
+
+    def kill_node(self, name: str) -> None:
+        """End a node as if its power had failed: its daemon, and what runs there."""
+        daemon = self.daemons.pop(name)
+        steps = self._steps(name)
+        daemon.kill()
+        daemon.wait()
+        for pid in steps:
+            _kill(pid)
+
+    def _steps(self, name: str) -> list[int]:
+        """The processes of the jobs on a node, and the slurmstepd above them."""
+        marker = f"SLURMD_NODENAME={name}".encode()
+        conf = f"SLURM_CONF={self.conf}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environ = (entry / "environ").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if marker in environ and conf in environ:
+                    found.append(int(entry.name))
+        return found
+
+    def stop(self) -> None:
+        self.run("scancel", "-Q", "--user", str(os.getuid()), "--signal=KILL", check=False)
+        for name in ("n1", "n2", "n3"):
+            for pid in self._steps(name):
+                _kill(pid)
+        for daemon in self.daemons.values():
+            daemon.kill()
+            daemon.wait()
+        self.daemons.clear()
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def main() -> None:
+    cluster = SlurmCluster()
+    try:
+        cluster.start()
+        print(f"SLURM_CONF={cluster.conf}", flush=True)
+        sys.stdin.read()
+    finally:
+        cluster.remove()
+
+
+if __name__ == "__main__":
+    main()
