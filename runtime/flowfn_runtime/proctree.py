@@ -7,28 +7,22 @@ own but for deadlines.
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-class Interrupted(BaseException):
-    """A signal asked this process to stop what it does. Not an Exception: no handler of errors may swallow it."""
-
-
 class Wakeup:
-    """Signals as events: SIGCHLD wakes `sleep`, SIGTERM sets `asked` and, while `interruptible`, raises Interrupted."""
+    """Signals as events: SIGCHLD and SIGTERM end a `sleep`, and SIGTERM (or SIGINT) sets `asked`."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.interruptible = False
         self._read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._poll = select.poll()
-        self._poll.register(self._read, select.POLLIN)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._on_term)
@@ -36,27 +30,49 @@ class Wakeup:
 
     def _on_term(self, _number: int, _frame: object) -> None:
         self.asked = True
-        if self.interruptible:
-            self.interruptible = False  # once: what cleans up must not be interrupted again
-            raise Interrupted
 
-    def sleep(self, until: float | None) -> None:
-        """Sleep until a signal comes, or the monotonic clock says `until`."""
+    def sleep(self, until: float | None, other: int | None = None) -> None:
+        """Sleep until a signal comes, the monotonic clock says `until`, or the descriptor `other` has something."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        if other is not None:
+            poll.register(other, select.POLLIN)
         timeout_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
         if timeout_ms is not None:
             timeout_ms = min(timeout_ms + 1, 2**31 - 1)
-        if self._poll.poll(timeout_ms):
+        if poll.poll(timeout_ms):
             try:
                 os.read(self._read, 4096)
             except BlockingIOError:
                 pass
 
-    def enter_interruptible(self) -> None:
-        """From here on SIGTERM raises Interrupted, at once if it came already."""
-        self.interruptible = True
-        if self.asked:
-            self.interruptible = False
-            raise Interrupted
+    def wait_for(self, work: Callable[[], None]) -> bool:
+        """Do `work` in a thread; True when it is done, False as soon as `asked` is set: it is left to itself then.
+
+        What it raises is raised here.
+        """
+        raised: list[BaseException] = []
+        done, finished = os.pipe2(os.O_CLOEXEC)
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                raised.append(error)
+            finally:
+                os.close(finished)  # the other end has something to say: that this one is closed
+
+        _thread.start_new_thread(run, ())
+        poll = select.poll()
+        poll.register(done, select.POLLIN)
+        while not self.asked:
+            if poll.poll(0):
+                os.close(done)
+                if raised:
+                    raise raised[0]
+                return True
+            self.sleep(None, done)
+        return False
 
 
 def become_subreaper() -> None:
@@ -90,33 +106,45 @@ def reap() -> dict[int, int]:
         ended[pid] = os.waitstatus_to_exitcode(status)
 
 
-def reap_all() -> None:
-    """Wait until no child, own or adopted, is left."""
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
+def reap_all(others: set[int]) -> None:
+    """Wait until no child, own or adopted, is left but `others`."""
+    while left := [pid for pid in children() if pid not in others]:
+        for pid in left:
+            try:
+                os.waitpid(pid, 0)
+            except ChildProcessError:
+                pass
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes below `pid`, parents before their children."""
-    children: dict[int, list[int]] = {}
+def children() -> list[int]:
+    """The children of this process."""
+    me = os.getpid()
+    return [pid for pid, parent in _parents() if parent == me]
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """Every process of the host, and its parent."""
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:
                     # pid (command, which may hold anything) state ppid ...
-                    parent = int(file.read().rpartition(b")")[2].split()[1])
+                    yield int(name), int(file.read().rpartition(b")")[2].split()[1])
             except (OSError, IndexError, ValueError):
                 continue
-            children.setdefault(parent, []).append(int(name))
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`, parents before their children."""
+    below: dict[int, list[int]] = {}
+    for process, parent in _parents():
+        below.setdefault(parent, []).append(process)
     found: list[int] = []
     pending = [pid]
     while pending:
-        below = children.get(pending.pop(), [])
-        found.extend(below)
-        pending.extend(below)
+        more = below.get(pending.pop(), [])
+        found.extend(more)
+        pending.extend(more)
     return found
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import proctree, taskdir
 from .errors import FlowError
-from .proctree import Interrupted, Wakeup
+from .proctree import Wakeup
 
 if TYPE_CHECKING:
     from .tasknode import Nodes
@@ -56,15 +56,18 @@ class Supervisor:
             taskdir.write_pid(self.directory)
             if taskdir.cancel_reason(self.directory) is not None:
                 self._wakeup.asked = True
-            self._wakeup.enter_interruptible()
-            self._await_turn()
-            self._prepare()
-            self._wakeup.interruptible = False
+            from .tasknode import Nodes
+
+            self._nodes = nodes = Nodes(self.directory, self.spec, terminal=self.terminal)
+            # In a thread, since it may sleep in the kernel or download for long, while this one hears of signals. A
+            # signal handler that raises an exception would do with less, and leave locks of the interpreter behind.
+            if not self._wakeup.wait_for(lambda: self._get_ready(nodes)):
+                self._nodes = None  # the thread's; what it holds goes with this process
+                raise Ended("cancelled", self._cancel_reason())
+            nodes.build()
             ended = self._attempt_until_done()
         except Ended as outcome:
             ended = outcome
-        except Interrupted:
-            ended = self._cancelled()
         except FlowError as error:
             ended = self._raised(error)
         except BaseException as error:
@@ -72,11 +75,14 @@ class Supervisor:
 
             _say(traceback.format_exc())
             ended = Ended("failed", f"the supervisor failed: {type(error).__name__}: {error}")
-        self._wakeup.interruptible = False
         self._finish(ended)
         return ended
 
     # -- before it runs
+
+    def _get_ready(self, nodes: Nodes) -> None:
+        self._await_turn()
+        nodes.acquire(self._report)
 
     def _await_turn(self) -> None:
         # Asleep in the kernel at the lock of each task before this one, nearest first: as a rule that one ends last,
@@ -93,13 +99,6 @@ class Supervisor:
             row = taskdb.get(task_id)
             if row.state != taskdb.COMPLETED:
                 raise Ended("failed", f"it depends on {row.name} ({row.id}), which {_verb(row.state)}")
-
-    def _prepare(self) -> None:
-        from .tasknode import Nodes
-
-        proctree.become_subreaper()
-        self._nodes = Nodes(self.directory, self.spec, terminal=self.terminal)
-        self._nodes.prepare(self._report)
 
     def _report(self, reason: str) -> None:
         """Say in the register what the task waits for."""
@@ -121,13 +120,15 @@ class Supervisor:
             while not self._wakeup.asked and time.monotonic() < again:
                 self._wakeup.sleep(again)
             if self._wakeup.asked:
-                return self._cancelled()
+                return Ended("cancelled", self._cancel_reason())
 
     def _attempt(self) -> Ended:
         nodes = self._nodes
         assert nodes is not None
         self._attempts += 1
         self._started_at = self._started_at or time.time()
+        proctree.become_subreaper()
+        others = set(proctree.children())  # what the staging left running, such as the server of a lazy mount
         pids = nodes.start()
         limit = self.spec["max_run_time_s"]
         try:
@@ -144,7 +145,9 @@ class Supervisor:
             taskdir.mark_started(self.directory)
         except (FlowError, OSError) as error:
             _say(str(error))  # the task runs all the same
-        return self._watch(pids, None if not limit else time.monotonic() + limit)
+        ended = self._watch(pids, None if not limit else time.monotonic() + limit)
+        proctree.reap_all(others)
+        return ended
 
     def _watch(self, pids: list[int], deadline: float | None) -> Ended:
         """Until every node has ended: one that fails, the deadline, and a request to cancel end all others."""
@@ -160,7 +163,7 @@ class Supervisor:
                 break
             now = time.monotonic()
             if self._wakeup.asked and (verdict is None or verdict.state != "cancelled"):
-                verdict, deadline = self._cancelled(), None
+                verdict, deadline = Ended("cancelled", self._cancel_reason()), None
             elif deadline is not None and now >= deadline:
                 verdict, deadline = self._too_long(), None
             if verdict is not None:
@@ -178,14 +181,13 @@ class Supervisor:
             times = (deadline, kill_at, None if memory is None else memory.again)
             waits = [when for when in times if when is not None and when > now]
             self._wakeup.sleep(min(waits, default=None))
-        proctree.reap_all()
         return verdict or Ended("completed", "", 0)
 
     # -- after it ran
 
-    def _cancelled(self) -> Ended:
+    def _cancel_reason(self) -> str:
         reason = taskdir.cancel_reason(self.directory)
-        return Ended("cancelled", reason if reason is not None else "its supervisor got SIGTERM")
+        return reason if reason is not None else "its supervisor got SIGTERM"
 
     def _too_long(self) -> Ended:
         from .errors import FunctionTimeout
@@ -324,6 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.chdir("/")
     os.umask(0o022)
     Supervisor(directory, lock, spec).run()
+    os._exit(0)  # not waiting for a thread that still waits for the task's turn
 
 
 if __name__ == "__main__":

@@ -45,8 +45,14 @@ class Nodes:
         # Shared by every process of the sandboxes: while one lives, this lock is held.
         self._tree = os.open(os.path.join(directory, "tree"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def prepare(self, report: Callable[[str], None]) -> None:
-        """Get all that the nodes need, waiting where others have it; `report` is told what is waited for."""
+    def acquire(self, report: Callable[[str], None]) -> None:
+        """Get all that the nodes share, waiting where others have it; `report` is told what is waited for."""
+        # Volumes before GPUs: no task ever holds devices while it waits for something else.
+        self._stage(report)
+        self._claim(report)
+
+    def build(self) -> None:
+        """Make the nodes' directories and sandboxes, of what was acquired. For the thread that will start them."""
         import fcntl
 
         fcntl.flock(self._tree, fcntl.LOCK_EX)
@@ -56,9 +62,6 @@ class Nodes:
 
             # This process's cores and variables, which everything that it starts has as well.
             limits.set_cpu(self._spec["cpus"], keep=list(self._spec["env"]))
-        # Volumes before GPUs: no task ever holds devices while it waits for something else.
-        self._stage(report)
-        self._claim(report)
         port = self._rendezvous()
         shared = [] if self._staged is None else list(self._staged.binds)
         for rank in range(self._count):

@@ -191,6 +191,16 @@ def test_6_a_bucket_with_neither_gpu_nor_target(
     assert completed(run_block(guide.S3_DIRECT)["task"]) == "cat\n"
 
 
+def test_a_bucket_can_be_mounted_lazily(project: Path, client: Flow, bucket: Any, completed: Completed) -> None:
+    import flow
+
+    if not os.access("/dev/fuse", os.W_OK):
+        pytest.skip("there is no FUSE here: modprobe fuse")
+    bucket("public-datasets", {"imagenet/n01.txt": "cat"})
+    mount = flow.Mount("s3://public-datasets/imagenet", "/data", mode="lazy")
+    assert completed(client.submit("ls /data; cat /data/n01.txt", mounts=[mount])) == "n01.txt\ncat"
+
+
 def test_7_the_second_task_reads_what_the_first_wrote(
     project: Path, client: Flow, run_block: Any, completed: Completed
 ) -> None:
