@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from flowfn_runtime.data.http1 import WireError
 from flowfn_runtime.data.model import Object, Progress
+from flowfn_runtime.data.pace import Pace
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.spec import redact
@@ -25,13 +26,6 @@ from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 PART_BYTES = 8 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
 WHOLE_BYTES = 16 << 20
-_MOST_THREADS = 64
-_LOOK_EVERY_S = 0.02
-# How much of a processor this process may keep busy and still be thought to be waiting for the network. Small objects
-# are the interpreter's work, of which there is one; large ones are the kernel's, which has all processors.
-_SMALL_BYTES = 1 << 20
-_IDLE_BELOW_SMALL, _FIRST_THREADS_SMALL = 0.6, 1
-_IDLE_BELOW_LARGE, _FIRST_THREADS_LARGE = 1.5, 4
 _REPORT_EVERY_S = 0.1
 
 
@@ -85,17 +79,15 @@ class _Fetch:
         self.fetched = 0
         self.report = _Report(source.url, self.waiting, progress)
         self.threads = 0
-        self.looked = (time.monotonic(), time.process_time())
+        self.requests = 0
         mean = sum(job.object.size or 0 for job in self.waiting) / max(1, len(self.waiting))
-        small = mean < _SMALL_BYTES
-        self.idle_below = _IDLE_BELOW_SMALL if small else _IDLE_BELOW_LARGE
-        self.first_threads = _FIRST_THREADS_SMALL if small else _FIRST_THREADS_LARGE
+        self.pace = Pace(mean, now=time.monotonic(), used=time.process_time())
 
     def run(self) -> int:
         if not self.waiting:
             return 0
         try:
-            self._start(min(self.first_threads, max(len(self.waiting), self._most_parts())))
+            self._start(min(self.pace.first, max(len(self.waiting), self._most_parts())))
             with self.lock:
                 while self.running:
                     self.lock.wait()
@@ -170,19 +162,17 @@ class _Fetch:
                 self.lock.notify_all()
 
     def _more_threads(self) -> None:
-        """Add threads while those that are there leave the processor idle."""
         now = time.monotonic()
-        if now - self.looked[0] < _LOOK_EVERY_S:
+        if not self.pace.due(now):
             return
         with self.lock:
-            then, used_then = self.looked
-            if now - then < _LOOK_EVERY_S:
-                return
-            used = time.process_time()
-            self.looked = (now, used)
-            idle = used - used_then < self.idle_below * (now - then)
-            wanted = min(2 * self.threads, _MOST_THREADS, self.threads + len(self.waiting) + len(self.parts))
-            more = max(0, wanted - self.threads) if idle else 0
+            more = self.pace.more(
+                now=now,
+                used=time.process_time(),
+                done=self.requests,
+                threads=self.threads,
+                queued=len(self.waiting) + len(self.parts),
+            )
             self.threads += more
             self.running += more
         self._launch(more)
@@ -246,6 +236,7 @@ class _Fetch:
                 _check_digest(digest.hexdigest(), object, headers, self.source)
             with self.lock:
                 self.fetched += position
+                self.requests += 1
             self.report.add(position, 0)
 
         self.patience.attempt(_again_if_damaged(attempt))
@@ -272,6 +263,7 @@ class _Fetch:
             parts.headers = headers
             with self.lock:
                 self.fetched += position - first
+                self.requests += 1
 
         self.patience.attempt(attempt)
         self.report.add(last + 1 - first, 0)

@@ -1,0 +1,47 @@
+"""The number of threads, against simulated servers: how many requests a second each does for how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from flowfn_runtime.data.pace import MOST_THREADS, Pace
+
+
+def threads_after(seconds: float, speed: Callable[[int], float], busy: Callable[[int], float], mean: float) -> int:
+    """How many threads a transfer has by then. `busy`: the part of a processor that they take."""
+    now = used = done = 0.0
+    pace = Pace(mean, now=now, used=used)
+    threads = pace.first
+    while now < seconds:
+        now += 0.005
+        done += 0.005 * speed(threads)
+        used += 0.005 * busy(threads)
+        if pace.due(now):
+            threads += pace.more(now=now, used=used, done=int(done), threads=threads, queued=10**6)
+    return threads
+
+
+@pytest.mark.parametrize("latency_s", [0.02, 0.1, 0.3])
+def test_a_server_far_away_gets_many_threads(latency_s: float) -> None:
+    assert threads_after(5, lambda n: n / latency_s, lambda n: n * 0.005, 10_000) == MOST_THREADS
+
+
+def test_a_busy_interpreter_gets_no_more() -> None:
+    assert threads_after(5, lambda n: 4000.0, lambda n: 0.9, 10_000) == 1
+
+
+def test_threads_that_do_not_help_stay_few() -> None:
+    # The server is the limit: it does a thousand a second, whoever asks.
+    assert threads_after(1, lambda n: 1000.0, lambda n: 0.2, 10_000) <= 4
+
+
+def test_a_link_that_is_full_is_left_alone() -> None:
+    # Eight connections fill it.
+    assert 8 <= threads_after(2, lambda n: 5.0 * min(n, 8), lambda n: 0.2, 8 << 20) <= 16
+
+
+def test_never_more_threads_than_work() -> None:
+    pace = Pace(10_000, now=0.0, used=0.0)
+    assert pace.more(now=1.0, used=0.0, done=10, threads=8, queued=3) == 3
