@@ -40,7 +40,7 @@ class Futures(Contract):
         assert first.status == "running" and first.running() and not first.done()
         assert second.status == "pending" and not second.running()
         assert first.call_id != second.call_id
-        with pytest.raises(TimeoutError):
+        with pytest.raises(concurrent.futures.TimeoutError):
             first.result(timeout=0.01)
         met.let_go()
         assert first.result(timeout=WAIT_S) == 4 and first.status == "completed"

@@ -120,7 +120,9 @@ def _dumps_general(value: Any, *, in_band: bool = False) -> Payload:
             carrier = _Carrier(stream.getvalue(), pickler.big, buffers)
             buffers = []
             return Payload(pickle.dumps(carrier, 5, buffer_callback=_collect(buffers)), buffers, references)
-        return Payload(stream.getbuffer(), buffers, references)
+        # The bytes themselves, shared and not copied: a view of the stream would outlive it in a reference cycle, and
+        # Python 3.13 says so on standard error.
+        return Payload(stream.getvalue(), buffers, references)
     except Exception as error:
         raise explain(value, error) from error
     finally:
