@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 
 import engines
 import pytest
+import slurm_cluster as slurm
 import sshd
+from slurm_cluster import SlurmCluster
 from sshd import Sshd
 
 
@@ -32,3 +34,16 @@ def ssh_servers() -> Iterator[Callable[..., Sshd]]:
     yield start
     for server in started:
         server.remove()
+
+
+@pytest.fixture(scope="module")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A Slurm of three nodes; Slurm's commands in this process are about it."""
+    engines.need(slurm.why_not())
+    cluster = SlurmCluster()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(cluster.conf))
+        try:
+            yield cluster.start()
+        finally:
+            cluster.remove()
