@@ -72,7 +72,7 @@ class Worker:
             self.stream.arena = memory.Arena(side)
             self.stream.mapped = memory.Mapped(side)
 
-    def function(self, version: Version, shared: Shared | None = None) -> int:
+    def function(self, version: Version, shared: Shared[Any] | None = None) -> int:
         """The number under which the worker knows this function body; the body is sent at the first use."""
         key = (version.digest, shared.key if shared else "")
         number = self._functions.get(key)
@@ -87,7 +87,7 @@ class Worker:
             )
         return number
 
-    def give(self, shared: Shared) -> None:
+    def give(self, shared: Shared[Any]) -> None:
         """See that the worker has a shared object. It travels once."""
         if shared.key not in self._objects:
             self._objects.add(shared.key)
