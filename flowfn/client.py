@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flowfn_runtime import taskdb
-from flowfn_runtime.errors import ConfigError, ValidationError
+from flowfn_runtime.errors import ConfigError, TaskError, ValidationError
 
 from . import config as configuration
 from .task import Task
@@ -201,6 +201,16 @@ class Flow:
         """What a task wrote: a string, or with `follow` an iterator of lines."""
         task = self.get_task(task_id)
         return task.logs(True, tail, stderr) if follow else task.logs(False, tail, stderr)
+
+    def delete_tasks(self, *tasks: Task | str) -> None:
+        """Forget tasks that have ended: their logs, results and code go. Raises `TaskError` if one is active."""
+        from .submit import remove
+
+        found = [task if isinstance(task, Task) else self.get_task(task) for task in tasks]
+        for task in found:
+            if not task.is_terminal:
+                raise TaskError(f"task {task.name} is {task.status}", hint=f"End it first: flow cancel {task.name}")
+        remove([task._row for task in found])
 
     def shell(self, task_id: str, command: str | None = None, node: int | None = None) -> int:
         """Run a shell, or a command, inside of a running task; returns its exit code."""

@@ -46,7 +46,8 @@ def submit(task: TaskConfig, *, settings: configuration.Config | None = None, ca
     before anything is started.
     """
     settings = settings or configuration.load()
-    return _start(_plan(task, settings, call), settings, task, call)
+    with project.guarded(_code_store()):  # until the register knows that the task needs what is kept there
+        return _start(_plan(task, settings, call), settings, task, call)
 
 
 def check(task: TaskConfig, settings: configuration.Config) -> None:
@@ -68,8 +69,9 @@ def run_here(task: TaskConfig, *, settings: configuration.Config) -> tuple[str, 
     """Run a task in this process, on this process's terminal: its state, why, and its exit code."""
     from flowfn_runtime.supervisor import Supervisor
 
-    plan = _plan(task, settings, None)
-    directory, lock = _register(plan, settings, task, None)
+    with project.guarded(_code_store()):
+        plan = _plan(task, settings, None)
+        directory, lock = _register(plan, settings, task, None)
     if settings.gpus:
         os.environ["FLOW_GPUS"] = settings.gpus
     ended = Supervisor(directory, lock, plan, terminal=True).run()
@@ -223,8 +225,23 @@ def _snapshot(task: TaskConfig) -> str | None:
     if root is None:
         return None
     taken = project.snapshot(root, exclude=(paths.home(), paths.cache()))
-    project.keep(taken, os.path.join(paths.home(), "code"))
+    project.keep(taken, _code_store())
     return taken.digest
+
+
+def _code_store() -> str:
+    return os.path.join(paths.home(), "code")
+
+
+def remove(rows: Sequence[taskdb.TaskRow]) -> int:
+    """Remove tasks that have ended, with their logs, results and what only they needed; the bytes of the latter."""
+    with project.guarded(_code_store(), cleaning=True):
+        taskdb.remove([row.id for row in rows])
+        needed: set[str] = set()
+        for name in os.listdir(taskdir.tasks_root()):
+            if name.startswith("task_") and (spec := taskdir.read_json(taskdir.task_dir(name), "spec.json")):
+                needed.add(spec["code"])
+        return project.clean(_code_store(), needed)
 
 
 def _code_root(task: TaskConfig) -> str | None:

@@ -29,6 +29,7 @@ VERBS = {
     "wait": "wait until tasks have ended",
     "result": "fetch what a task returned",
     "cancel": "end tasks, with all that they started",
+    "rm": "forget tasks that have ended, with their logs and results",
     "dev": "open a shell in a task's environment",
     "shell": "open a shell inside of a running task",
     "volume": "create, list and delete volumes",

@@ -12,7 +12,7 @@ EXAMPLES = """\
 """
 
 # Which verbs take a task; the names of tasks come from `flow completion --tasks`.
-_TASK_VERBS = ("status", "logs", "wait", "result", "cancel", "shell")
+_TASK_VERBS = ("status", "logs", "wait", "result", "cancel", "shell", "rm")
 
 _BASH = """\
 _flow() {

@@ -9,6 +9,7 @@ there. `lay_out` makes a working directory of a snapshot in the store. What the 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from .errors import FlowError, ValidationError
@@ -99,6 +100,49 @@ def keep(taken: Snapshot, store: str) -> None:
             with open(os.path.join(taken.root, entry.path), "rb") as source:
                 _put(blob, source, entry, taken.root)
     _write(manifest, taken.manifest())
+
+
+@contextmanager
+def guarded(store: str, *, cleaning: bool = False) -> Iterator[None]:
+    """Held while something is kept and until it is known who needs it; with `cleaning`, while nobody else does that."""
+    import fcntl
+
+    try:
+        os.makedirs(store, mode=0o700, exist_ok=True)
+        fd = os.open(os.path.join(store, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _no_room(error, store) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if cleaning else fcntl.LOCK_SH)
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def clean(store: str, needed: Collection[str]) -> int:
+    """Remove the snapshots that are not `needed`, and contents that no other has; returns the bytes that are free now.
+
+    The caller holds `guarded(store, cleaning=True)`.
+    """
+    trees = os.path.join(store, "trees")
+    used: set[str] = set()
+    for digest in os.listdir(trees) if os.path.isdir(trees) else ():
+        path = os.path.join(trees, digest)
+        if digest in needed:
+            with open(path, "rb") as file:
+                used.update(entry.digest for entry in _entries(file.read()))
+        else:
+            os.unlink(path)
+    freed = 0
+    blobs = os.path.join(store, "blobs")
+    for start in os.listdir(blobs) if os.path.isdir(blobs) else ():
+        for rest in os.listdir(os.path.join(blobs, start)):
+            if start + rest not in used:
+                path = os.path.join(blobs, start, rest)
+                freed += os.path.getsize(path)
+                os.unlink(path)
+    return freed
 
 
 def missing(manifest: bytes, store: str) -> list[str]:

@@ -118,7 +118,15 @@ def add(row: TaskRow, block_volumes: Sequence[str] = (), depends_on: Sequence[st
             "AND t.seq < ? AND t.state IN ('pending', 'running') ORDER BY t.seq DESC",
             (*block_volumes, seq),
         )
-        return seq, [task_id for task_id, _seq in before]
+        after = [task_id for task_id, _seq in before]
+        if after and not row.reason:
+            reason = (
+                f"it waits for a volume that {after[0]} has"
+                if len(after) == 1
+                else (f"it waits for a volume; {len(after)} tasks are before it")
+            )
+            db.execute("UPDATE tasks SET reason = ? WHERE seq = ?", (reason, seq))
+        return seq, after
 
     return _write(insert)
 
@@ -147,6 +155,18 @@ def forget(task_id: str) -> None:
         db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
 
     _write(delete)
+
+
+def remove(task_ids: Sequence[str]) -> None:
+    """Take tasks that have ended out of the register, and remove their directories. Their logs and results go."""
+
+    def delete(db: sqlite3.Connection) -> None:
+        for task_id in task_ids:
+            db.execute("DELETE FROM tasks WHERE id = ? AND state NOT IN ('pending', 'running')", (task_id,))
+
+    _write(delete)
+    for task_id in task_ids:
+        taskdir.remove_tree(taskdir.task_dir(task_id))
 
 
 def _refuse_conflicts(db: sqlite3.Connection, row: TaskRow, depends_on: Sequence[str]) -> None:

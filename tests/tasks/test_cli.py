@@ -183,6 +183,23 @@ def test_logs(client: Flow) -> None:
     assert done.stdout == b"o1\n" and b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
 
 
+def test_rm_forgets_what_has_ended(project: Path, flow_home: Path, client: Flow) -> None:
+    (project / "old.py").write_text("old" * 1000)
+    old = client.submit("echo old").wait(30)
+    (project / "old.py").write_text("new")
+    new = client.submit("echo new; sleep 300")
+    assert next(iter(new.logs(follow=True))) == "new\n"
+    assert flow("rm", new.task_id).returncode == cli.FAILED
+    assert flow("rm").returncode == cli.MISTAKE
+    assert "0 tasks" in flow("rm", "--older-than", "1").stderr
+    assert "1 task " in flow("rm", "--older-than", "0").stderr
+    assert flow("status", old.task_id).returncode == cli.NOT_FOUND
+    assert not (flow_home / "tasks" / old.task_id).exists()
+    contents = [path.read_text() for path in (flow_home / "code" / "blobs").rglob("*") if path.is_file()]
+    assert contents == ["new"]
+    assert new.status == "running"
+
+
 def test_volumes(client: Flow) -> None:
     volume_id = flow("volume", "create", "models", "--size", "7").stdout.strip()
     assert flow("volume", "create", "models").stdout.strip() == volume_id
@@ -222,7 +239,7 @@ def test_dev_is_a_shell_on_a_terminal(project: Path, client: Flow) -> None:
 
     os.write(terminal, b"test -t 0 && PS1='read''y> '\n")
     read_until(b"ready> ")
-    os.write(terminal, b"echo $(ls)-$((40+2)); sleep 100\n")
+    os.write(terminal, b"sh -c 'echo $(ls)-$((40+2)); exec sleep 100'\n")
     read_until(b"code.py-42")
     os.write(terminal, b"\x03")  # Ctrl-C ends the sleep, not the shell
     read_until(b"ready> ")
