@@ -23,6 +23,7 @@ from flowfn_runtime.pickling import Payload
 
 BIG_BYTES = 1 << 20  # captured values bigger than this are taken as they were at the first call
 _FIXED = (*pickling.PLAIN, types.ModuleType, types.BuiltinFunctionType, range, slice, Shared)
+_ABSENT = object()  # of a global that is not there, or not yet
 _numbers = itertools.count(1)
 
 
@@ -45,6 +46,8 @@ class Body:
         self._version: Version | None = None
         self._bound: list[tuple[dict[str, Any], str, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
+        self._classes: list[tuple[type, list[tuple[str, Any]]]] = []
+        self._functions: list[tuple[types.FunctionType, Any, Any, Any]] = []
         self._fixed = True
 
     def current(self) -> Version:
@@ -84,12 +87,25 @@ class Body:
 
     def _unchanged(self) -> bool:
         for namespace, name, value in self._bound:
-            if namespace.get(name) is not value:
+            if namespace.get(name, _ABSENT) is not value:
+                return False
+        for kind, members in self._classes:
+            now = vars(kind)
+            # Pickling an instance adds __slotnames__.
+            if len(now) - ("__slotnames__" in now) != len(members) or any(
+                now.get(name, _ABSENT) is not value for name, value in members
+            ):
+                return False
+        for function, code, defaults, keyword_defaults in self._functions:
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return False
+            if function.__kwdefaults__ is not keyword_defaults:
                 return False
         return all(_content(cell) is value for cell, value in self._cells)
 
     def _watch(self) -> None:
         self._bound, self._cells, self._fixed = [], [], True
+        self._classes, self._functions = [], []
         self._visit(self.function, set())
 
     def _visit(self, value: Any, seen: set[int]) -> None:
@@ -107,11 +123,16 @@ class Body:
                 self._visit_function(value, seen)
         elif isinstance(value, type):
             if not importable(value):
-                for member in vars(value).values():
-                    if type(member) in (types.FunctionType, staticmethod, classmethod, property):
-                        for part in (member, *(getattr(member, n, None) for n in ("__func__", "fget", "fset"))):
-                            if type(part) is types.FunctionType:
-                                self._visit(part, seen)
+                members = [item for item in vars(value).items() if item[0] != "__slotnames__"]
+                self._classes.append((value, members))
+                for name, member in members:
+                    if type(member) in (staticmethod, classmethod, property):
+                        for part in (getattr(member, n, None) for n in ("__func__", "fget", "fset", "fdel")):
+                            self._visit(part, seen)
+                    elif type(member) is types.FunctionType or not (name.startswith("__") and name.endswith("__")):
+                        self._visit(member, seen)
+                for base in value.__bases__:
+                    self._visit(base, seen)
         elif kind is types.MethodType:
             self._visit(value.__func__, seen)
             self._visit(value.__self__, seen)
@@ -121,13 +142,15 @@ class Body:
     def _visit_function(self, function: types.FunctionType, seen: set[int]) -> None:
         namespace = function.__globals__
         for name in _names(function.__code__):
-            if name in namespace:
-                self._bound.append((namespace, name, namespace[name]))
-                self._visit(namespace[name], seen)
+            found = namespace.get(name, _ABSENT)
+            self._bound.append((namespace, name, found))
+            if found is not _ABSENT:
+                self._visit(found, seen)
         for cell in function.__closure__ or ():
             content = _content(cell)
             self._cells.append((cell, content))
             self._visit(content, seen)
+        self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._visit(value, seen)
 

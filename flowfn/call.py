@@ -79,7 +79,7 @@ class Outcome:
         if data is not None:
             self._data = None
             try:
-                self._value = pickling.loads(data.data, data.buffers)[0]
+                self._value = pickling.loads(data.data, data.buffers, keep_classes=True)[0]
             except Exception as error:
                 self._error = SerializationError(
                     f"the result can't be rebuilt here: {type(error).__name__}: {error}",

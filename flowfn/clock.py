@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -59,7 +60,10 @@ class Clock:
                     self._condition.wait(wait)
                 action = heapq.heappop(self._heap).action
             if action is not None:
-                action()
+                try:
+                    action()
+                except Exception:  # all time limits hang on this thread
+                    sys.excepthook(*sys.exc_info())
 
 
 clock = Clock()

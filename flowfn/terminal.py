@@ -29,11 +29,14 @@ def show_output(name: str, call: int, where: str, data: bytes, stderr: bool) -> 
     if file is None:
         return
     with _lock:
-        if not _is_terminal(file):
-            _write(file, data)
-            return
         key = (call, stderr)
         data = _partial.pop(key, b"") + data
+        if not _is_terminal(file):
+            if cut := _incomplete(data):  # a character that came in part
+                data, _partial[key] = data[:-cut], data[-cut:]
+                _marks[call] = name, where
+            _write(file, data)
+            return
         lines = data.split(b"\n")
         rest = lines.pop()
         if len(rest) > _PARTIAL_BYTES:
@@ -55,19 +58,37 @@ def end_output(call: int) -> None:
     for stderr in (False, True):
         if _partial.get((call, stderr)):
             name, where = _marks.get(call, ("", ""))
-            show_output(name, call, where, b"\n", stderr)
+            end = b"\n" if _is_terminal(sys.stderr if stderr else sys.stdout) else b""
+            if not end:
+                _write(sys.stderr if stderr else sys.stdout, _partial.pop((call, stderr)))
+            else:
+                show_output(name, call, where, end, stderr)
     _marks.pop(call, None)
 
 
 def _write(file: Any, data: bytes) -> None:
+    # What is not text is shown as far as it can be; in a notebook there is no buffer beneath to write bytes to.
+    text = data.decode(errors="replace")
     try:
-        # Text that is not text is shown as far as it can be; in a notebook there is no buffer beneath.
-        file.write(data.decode(getattr(file, "encoding", None) or "utf-8", errors="replace"))
+        try:
+            file.write(text)
+        except UnicodeEncodeError:
+            encoding = getattr(file, "encoding", None) or "ascii"
+            file.write(text.encode(encoding, errors="replace").decode(encoding))
         file.flush()
     except (OSError, ValueError):
         pass  # nobody listens any more
-    except UnicodeEncodeError:
-        file.write(data.decode("ascii", errors="replace").replace("\ufffd", "?"))
+
+
+def _incomplete(data: bytes) -> int:
+    """How many bytes at the end are the beginning of a UTF-8 character."""
+    for length in range(1, min(3, len(data)) + 1):
+        byte = data[-length]
+        if byte >= 0xC0:
+            return length if length < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
+        if byte < 0x80:
+            return 0
+    return 0
 
 
 def _is_terminal(file: Any) -> bool:

@@ -205,9 +205,15 @@ class Values(Contract):
             "    def scaled(self): return Point(helper(self.x))\n"
             "def run(point): return point.scaled(), Point, helper\n"
         )
+        members = dict(vars(here["Point"]))
         point, cls, helper = self.function(here["run"]).remote(here["Point"](2))
         assert point.x == 6 and helper(5) == 15
         assert type(point) is cls is here["Point"], "a class that came back is another one"
+        assert {name: vars(here["Point"])[name] for name in members} == members, (
+            "what came back has overwritten the class"
+        )
+        here["LIMIT"] = 5
+        assert point.scaled().x == 30
 
     def test_a_global_that_is_set_anew_is_seen(self) -> None:
         here = from_main("def helper(): return 1\nLIMITS = [1]\ndef run(): return helper(), LIMITS\n")

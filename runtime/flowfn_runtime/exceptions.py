@@ -35,7 +35,7 @@ def dumps(error: BaseException, *, skip_frames: int = 0) -> pickling.Payload:
 
 def loads(data: Any, buffers: Any = ()) -> BaseException:
     """The exception, with its remote traceback. A RemoteError if it can't be rebuilt here."""
-    record, _ = pickling.loads(data, buffers)
+    record, _ = pickling.loads(data, buffers, keep_classes=True)
     return _put_together(record, {})
 
 
@@ -107,7 +107,9 @@ def _parts(error: BaseException) -> bytes | None:
             # BaseException's own reduce gives the attributes as the state: use those that can be pickled.
             own = attributes if not isinstance(state, dict) or state == error.__dict__ else {**state, **attributes}
             ways.append(("call", reduced[0], reduced[1], own if state is None or isinstance(state, dict) else state))
-        ways.append(("new", kind, error.args, attributes))
+        # What an OSError was made of is not all in its `args`.
+        full = isinstance(error, OSError) and isinstance(reduced, tuple) and type(reduced[1]) is tuple
+        ways.append(("new", kind, reduced[1] if full else error.args, attributes))
     for way in ways:
         try:
             payload = pickling.dumps(way)
@@ -143,11 +145,15 @@ def _rebuild(way: tuple[Any, ...], members: list[BaseException] | None = None) -
     else:
         # The class's own constructor is passed by: it may ask for anything.
         base = next(c for c in kind.__mro__ if c.__module__ == "builtins")
-        if kind.__new__ is base.__new__:
-            error = copyreg.__newobj__(kind, *args)  # type: ignore[attr-defined]
+        if issubclass(kind, OSError):
+            error = OSError.__new__(kind)
+            OSError.__init__(error, *args)
         else:
-            error = (OSError if issubclass(kind, OSError) else BaseException).__new__(kind)
-        error.args = args
+            if kind.__new__ is base.__new__:
+                error = copyreg.__newobj__(kind, *args)  # type: ignore[attr-defined]
+            else:
+                error = BaseException.__new__(kind)
+            error.args = args
     if isinstance(state, dict):
         for name, value in state.items():
             if type(getattr(kind, name, None)) in _MEMBERS:  # such as an ImportError's name
@@ -165,7 +171,7 @@ def _put_together(record: dict[str, Any], made: dict[int, BaseException]) -> Bas
     try:
         if record["parts"] is None:
             raise ValueError("it can't be rebuilt")
-        error = _rebuild(pickling.loads(record["parts"])[0], members)
+        error = _rebuild(pickling.loads(record["parts"], keep_classes=True)[0], members)
     except Exception:
         error = RemoteError(f"{record['type'].removeprefix('builtins.')}: {record['text']}")
         error.type_name = record["type"]

@@ -44,6 +44,7 @@ class Payload(NamedTuple):
 class _Noted(threading.local):
     sink: list[Any] | None = None
     objects: dict[str, Any] | None = None
+    keep_classes: bool = False
 
 
 _noted = _Noted()
@@ -143,17 +144,68 @@ def _collect(buffers: list[Any]) -> Callable[[pickle.PickleBuffer], bool]:
     return callback
 
 
-def loads(data: Any, buffers: Sequence[Any] = (), *, objects: dict[str, Any] | None = None) -> tuple[Any, list[Any]]:
-    """The value, and the references in it. Whatever unpickling raises is raised as it is."""
+def loads(
+    data: Any, buffers: Sequence[Any] = (), *, objects: dict[str, Any] | None = None, keep_classes: bool = False
+) -> tuple[Any, list[Any]]:
+    """The value, and the references in it. Whatever unpickling raises is raised as it is.
+
+    `objects` are those of `flow.put`. With `keep_classes`, classes that came by value before stay as they are: those
+    of a client's `__main__` are its own, and the copy of a worker must not overwrite their members.
+    """
     references: list[Any] = []
-    before = _noted.sink, _noted.objects
+    before = _noted.sink, _noted.objects, _noted.keep_classes
     _noted.sink = references
     if objects is not None:
         _noted.objects = objects
     try:
+        if keep_classes and _has_classes(data):
+            _noted.keep_classes = True
+            return _Unpickler(io.BytesIO(data), buffers=buffers).load(), references
         return pickle.loads(data, buffers=buffers), references
     finally:
-        _noted.sink, _noted.objects = before
+        _noted.sink, _noted.objects, _noted.keep_classes = before
+
+
+def _has_classes(data: Any) -> bool:
+    """Whether a pickle may hold classes by value."""
+    import re
+
+    return re.search(b"_make_skeleton_", data) is not None
+
+
+class _Unpickler(pickle.Unpickler):
+    """For pickles with big bytes objects beside them, and where classes are to stay as they are."""
+
+    big: Sequence[bytes] = ()
+
+    def persistent_load(self, index: Any) -> bytes:
+        value: bytes = self.big[index]
+        return value
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: set[int] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if module == "cloudpickle.cloudpickle" and _noted.keep_classes:
+            if name.startswith("_make_skeleton_"):
+                return self._find_or(found)
+            if name == "_class_setstate":
+                return lambda made, state: made if id(made) in self._kept else found(made, state)
+        return found
+
+    def _find_or(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        from cloudpickle import cloudpickle
+
+        def find_or_make(*args: Any) -> Any:
+            known = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[-2])  # cloudpickle's id of the class
+            if known is None:
+                return make(*args)
+            self._kept.add(id(known))
+            return known
+
+        return find_or_make
 
 
 # What pickle would copy
@@ -174,17 +226,9 @@ class _Carrier:
         return load_carried, (self.inner, big, [pickle.PickleBuffer(buffer) for buffer in self.buffers])
 
 
-class _Carried(pickle.Unpickler):
-    big: list[bytes]
-
-    def persistent_load(self, index: Any) -> bytes:
-        value: bytes = self.big[index]
-        return value
-
-
 def load_carried(inner: bytes, big: list[Any], buffers: list[Any]) -> Any:
     """What a pickle with big bytes objects beside it stands for."""
-    unpickler = _Carried(io.BytesIO(inner), buffers=buffers)
+    unpickler = _Unpickler(io.BytesIO(inner), buffers=buffers)
     unpickler.big = [bytes(value) for value in big]
     return unpickler.load()
 
