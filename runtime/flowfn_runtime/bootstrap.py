@@ -196,6 +196,7 @@ class Start:
     def run(self, stream: wire.Stream) -> None:
         """Become the worker's host: in this process, unless it takes another program or filesystem."""
         os.environ.update(self.env)
+        self.request["keep"] = list(self.env)
         elsewhere = self.staged is not None or self.python != sys.executable
         if not elsewhere and not any(name.startswith(EARLY) for name in self.env):
             host.warm_up()

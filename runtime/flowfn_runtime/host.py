@@ -224,7 +224,7 @@ def run_worker(
         os.environ["FLOW_HOME"] = home  # where the locks are that all clients share
     try:
         if cpus := request.get("cpus"):
-            cores = limits.set_cpu(cpus)
+            cores = limits.set_cpu(cpus, keep=request.get("keep", ()))
         if gpus := request.get("gpus"):
             from . import gpus as inventory
             from .gpu_request import parse_gpu
