@@ -91,13 +91,29 @@ def test_an_interrupted_stream_goes_on_where_it_stopped(s3: S3) -> None:
     data = os.urandom(3 << 20)
     s3.put("file", data)
     with s3.proxy() as proxy:
-        proxy.rule = lambda request: Fault(keep=1_500_000) if len(proxy.gets) <= 1 and request.is_get else None
+        proxy.rule = lambda request: (
+            Fault(keep=1_500_000, close=True) if len(proxy.gets) <= 1 and request.is_get else None
+        )
         source = open_source(f"{s3.url}/file", s3.through(proxy).options)
         pieces: list[bytes] = []
         stream(source, lambda piece: pieces.append(bytes(piece)))
         source.close()
         assert b"".join(pieces) == data
-        assert len(proxy.gets) == 2 and proxy.gets[1].headers["range"].startswith("bytes=1")
+        assert len(proxy.gets) == 2 and proxy.gets[1].headers["range"] == "bytes=1500000-"
+
+
+def test_a_reader_that_has_had_enough_is_not_the_networks_fault(s3: S3) -> None:
+    s3.put("file", bytes(3 << 20))
+    with s3.proxy() as proxy:
+        source = open_source(f"{s3.url}/file", s3.through(proxy).options)
+
+        def full(piece: memoryview) -> None:
+            raise BrokenPipeError
+
+        with pytest.raises(BrokenPipeError):
+            stream(source, full)
+        source.close()
+        assert len(proxy.gets) == 1
 
 
 def test_progress_adds_up(s3: S3, tmp_path: Path) -> None:

@@ -268,13 +268,21 @@ class Connection:
     def pour(self, response: Response, sink: Sink) -> int:
         """See `Response.pour`."""
         done = False
+
+        def guarded(piece: memoryview) -> None:
+            # Errors of the sink (a full disk, a closed pipe) are not the network's, and no reason to try again.
+            try:
+                sink(piece)
+            except Exception as error:
+                raise _SinkError(error) from error
+
         try:
-            total = self._pour_chunks(sink) if response.chunked else self._pour_plain(response.length, sink)
+            total = self._pour_chunks(guarded) if response.chunked else self._pour_plain(response.length, guarded)
             done = response.length is not None or response.chunked
             return total
+        except _SinkError as error:
+            raise error.error from None
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
-                raise
             raise _wire_error(error, self.endpoint) from error
         finally:
             if not done or not response.keep_alive:
@@ -348,8 +356,12 @@ class Connection:
             self._receive_more()
 
 
-# Errors of the sink (our disk), not of the network: they must not be retried as if the server had failed.
-_LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EBADF})
+class _SinkError(Exception):
+    """Carries an error of the sink past the handling of the network's."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 def _wire_error(error: Exception, endpoint: Endpoint) -> WireError:
