@@ -155,10 +155,19 @@ class Worker:
         self.leaving = True
         self.kill()
         try:
-            with socket.socket(fileno=os.dup(self.stream.read_fd)) as stream:
-                stream.shutdown(socket.SHUT_RDWR)
+            fd = os.dup(self.stream.read_fd)
         except OSError:
-            pass  # no socket, or closed already
+            return  # closed already
+        try:
+            stream = socket.socket(fileno=fd)
+        except OSError:
+            os.close(fd)  # no socket but a pipe, whose end comes with the process's
+            return
+        with stream:
+            try:
+                stream.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
 
     def forget(self) -> None:
         """In a forked child: let go of what belongs to the parent, and never end it."""
