@@ -45,23 +45,23 @@ def to_start(load: Load) -> int:
 class Ticket:
     """A call's place in the queue for a worker: a lock that is opened when there is a worker or an error."""
 
-    __slots__ = ("_gate", "error", "owner", "worker")
+    __slots__ = ("error", "gate", "owner", "worker")
 
     def __init__(self, owner: object = None) -> None:
         self.owner = owner
-        self._gate = threading.Lock()
-        self._gate.acquire()
+        self.gate = threading.Lock()
+        self.gate.acquire()
         self.worker: Worker | None = None
         self.error: BaseException | None = None
 
     def wait(self) -> None:
         """Until it is opened."""
-        self._gate.acquire()
+        self.gate.acquire()
 
     def open(self) -> None:
         """Let go who waits. Safe to repeat: a worker, an error and a cancellation may come at the same time."""
         try:
-            self._gate.release()
+            self.gate.release()
         except RuntimeError:
             pass
 
@@ -163,7 +163,6 @@ class Pool:
             return
         needed = self.spec.gpu and _starved(self)
         with self._lock:
-            worker.owner = None
             if self.closed or (needed and not self._tickets):
                 self._alive.discard(worker)
             elif self._tickets:
@@ -200,10 +199,16 @@ class Pool:
         worker.connection.exit(RETIRE_WAIT_S)
 
     def _hand_out(self, worker: Worker) -> None:
-        ticket = self._tickets.popleft()
+        # Ctrl-C comes after calls: there is none here between taking the ticket and opening it.
+        ticket = self._tickets[0]
+        opening = ticket.gate.release
         worker.owner = ticket.owner
         ticket.worker = worker
-        ticket.open()
+        del self._tickets[0]
+        try:
+            opening()
+        except RuntimeError:  # it was cancelled meanwhile; who waited gives the worker back
+            pass
 
     def _fail_those_who_wait(self, error: BaseException) -> None:
         """No worker can be had, for any of them (with the lock held)."""
@@ -265,7 +270,8 @@ class Pool:
 
     def _make_idle(self, worker: Worker) -> None:
         worker.idle_since = time.monotonic()
-        self._idle.append(worker)
+        self._idle.append(worker)  # from here on the owner counts no more
+        worker.owner = None
         if self._timer is None:
             self._timer = clock.later(self.idle_timeout, self._expire)
 
@@ -346,6 +352,7 @@ class Pool:
 
 _pools: dict[Any, Pool] = {}
 _kept: list[Pool] = []  # of executors: theirs alone
+_leaving: list[Pool] = []  # to be closed; if Ctrl-C comes before they are, by the next who closes all
 _lock = threading.Lock()
 _generations = itertools.count()
 current = next(_generations)  # changes when handles must look up their pool anew
@@ -389,18 +396,23 @@ def _make_room(pool: Pool) -> None:
         other.retire(worker)
 
 
-def retire_idle(backend: Backend) -> bool:
-    """Where calls wait for a worker that can't start: end the worker that was idle longest in a pool that starts none.
+def retire_idle(backend: Backend, spec: FunctionSpec) -> bool:
+    """Where calls wait for a worker of `spec` that can't start: end an idle worker of another pool of the backend.
 
-    For backends that learn of it while they wait. Whether there was such a worker.
+    For backends that learn of it while they wait. One that holds GPUs goes first if GPUs are waited for, then the one
+    that was idle longest. Whether there was one.
     """
     everybody = [pool for pool in [*_pools.values(), *_kept] if pool.backend is backend]
-    if not any(pool._starting and pool._tickets for pool in everybody):
+    if not any(pool._starting and pool._tickets for pool in everybody if pool.spec.shape == spec.shape):
         return False
     others = [pool for pool in everybody if not pool._starting]
-    idle = [(worker.idle_since, id(worker), worker, other) for other in others for worker in list(other._idle)]
+    idle = [
+        (bool(spec.gpu) != bool(other.spec.gpu), worker.idle_since, id(worker), worker, other)
+        for other in others
+        for worker in list(other._idle)
+    ]
     if idle:
-        _, _, worker, other = min(idle)
+        *_, worker, other = min(idle)
         other.retire(worker)
     return bool(idle)
 
@@ -422,13 +434,14 @@ def shutdown() -> None:
     """End all workers of this process; calls that run are cancelled. Later calls start new ones."""
     global current
     with _lock:
-        pools = [*_pools.values(), *_kept]
+        _leaving.extend((*_pools.values(), *_kept))
         _pools.clear()
         _kept.clear()
         current = next(_generations)
-    for pool in pools:
+    for pool in list(_leaving):
         pool.close()
     registry.close_all()
+    _leaving.clear()
 
 
 def _at_exit() -> None:

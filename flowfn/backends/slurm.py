@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 ATTEMPTS = 3  # to start a worker whose job is preempted or loses its node while it starts
 TERM_S = 5.0  # how long srun may take to end its job, before it is killed and the job cancelled
 CLOSE_S = 1.0  # how long idle workers may take to end by themselves when the backend is closed
+LET_GO_S = 0.5  # how long those who used workers may take to notice that these have ended
 LOOK_S = (1.0, 10.0)  # how often the queue is looked at while jobs wait: at first, and at last
-ROOM_S = 2.0  # how long a worker that made room for a job may take to be gone, before the next one does
+ROOM_S = 1.0  # how long a worker that made room for a job may take to be gone, before the next one does
 UNWANTED_S = 10.0  # after so long a job that no call waits for any more leaves the queue
 SAYS = b"flowfn-job "  # begins the line by which a job says that it runs: its number, its node
 _SAY = 'echo "flowfn-job $SLURM_JOB_ID $SLURMD_NODENAME" >&2; exec "$@"'
@@ -53,7 +54,7 @@ class SlurmConnection(stream.StreamConnection):
         self.begun = time.monotonic()
         self.failure: FlowError | None = None  # what to raise, where this client ended it for a reason
         self._killed = False
-        self._word = label
+        self._let_go = threading.Event()
         start.connection = self
         super().__init__(argv, label=label, environ=environ)
         backend.track(self)
@@ -93,8 +94,17 @@ class SlurmConnection(stream.StreamConnection):
             except ProcessLookupError:
                 pass
 
-    def ended_within(self, timeout: float) -> bool:
-        return self._ended.wait(timeout)
+    def close(self) -> None:
+        super().close()
+        self._let_go.set()
+
+    def over(self, deadline: float) -> None:
+        """Return when srun has ended, or it is that time."""
+        self._ended.wait(max(0.0, deadline - time.monotonic()))
+
+    def let_go(self, deadline: float) -> None:
+        """Return when whoever used the worker has closed its stream, or it is that time."""
+        self._let_go.wait(max(0.0, deadline - time.monotonic()))
 
     def exit(self, timeout: float) -> Exit:
         how = super().exit(timeout)
@@ -214,18 +224,19 @@ class SlurmBackend(Backend):
     def close(self) -> None:
         """End all jobs; returns when they are over."""
         self._closed += 1
-        deadline = time.monotonic() + CLOSE_S
         live = list(self._live)
         for connection in live:
             if not connection.facts:  # it waits, or starts
                 connection.kill()
+        for seconds in (CLOSE_S, TERM_S + stream.END_S):
+            deadline = time.monotonic() + seconds
+            for connection in live:
+                connection.over(deadline)
+            for connection in live:
+                connection.kill()
+        deadline = time.monotonic() + LET_GO_S
         for connection in live:
-            connection.ended_within(max(0.0, deadline - time.monotonic()))
-        for connection in live:
-            connection.kill()
-        deadline = time.monotonic() + TERM_S + stream.END_S
-        for connection in live:
-            connection.ended_within(max(0.0, deadline - time.monotonic()))
+            connection.let_go(deadline)
         self.queue.close()
 
     # what there is
@@ -287,7 +298,7 @@ class SlurmBackend(Backend):
                 if not waiting:
                     self._watching = False
                     return
-            made_room = pool.retire_idle(self)
+            made_room = pool.retire_idle(self, min(waiting, key=lambda one: one.begun).start.spec)
             jobs = self.queue.jobs()
             for connection in waiting:
                 if connection.waits and (job := jobs.get(connection.name)):

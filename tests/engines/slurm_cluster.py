@@ -41,7 +41,7 @@ class SlurmCluster:
     MEMORY_MIB = 16000
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="flowfn-slurm-", dir="/tmp"))
+        self.root = Path(tempfile.mkdtemp(prefix="slurm-test-", dir="/tmp"))
         self.root.chmod(0o755)
         self.conf = self.root / "slurm.conf"
         self.environ = {"SLURM_CONF": str(self.conf)}
