@@ -81,7 +81,7 @@ def first_line(rounds: int) -> None:
 def commands(rounds: int) -> None:
     """The command line, without and with many past tasks."""
     from flow import Flow
-    from flowfn_runtime import taskdb
+    from flowfn_runtime import taskdb, tasksql
 
     def command(*arguments: str) -> Callable[[], object]:
         return lambda: subprocess.run([*FLOW, *arguments], check=True, stdout=subprocess.DEVNULL)
@@ -90,7 +90,7 @@ def commands(rounds: int) -> None:
     shown = [timed(command("--help")) for _ in range(rounds)]
     few = [timed(command("ps")) for _ in range(rounds)]
     row = taskdb.get(Flow().submit("true").wait().task_id)
-    with taskdb._connection("rwc") as db:
+    with tasksql.connection("rwc") as db:
         values = taskdb._values(row)
         marks = ", ".join("?" * len(values))
         db.execute("BEGIN")
@@ -111,7 +111,7 @@ def commands(rounds: int) -> None:
 
 def crowd() -> None:
     """Two hundred tasks one after another, and at once: time, memory and descriptors of the client."""
-    from flow import Flow
+    from flow import Flow, Task
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -119,7 +119,7 @@ def crowd() -> None:
     client = Flow()
     client.submit("true").wait()
     memory, files = resident(), len(os.listdir("/proc/self/fd"))
-    tasks = []
+    tasks: list[Task] = []
     spent = timed(lambda: tasks.extend(client.submit("true") for _ in range(200)))
     for task in tasks:
         task.wait()

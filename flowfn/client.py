@@ -117,7 +117,7 @@ class Flow:
 
     def check(self, task: TaskConfig | str | list[str] | os.PathLike[str], **fields: Any) -> TaskConfig:
         """What `run` would run, if it would be accepted; else raises what `run` would raise. Nothing is started."""
-        from .submit import check
+        from .plan import check
 
         config = config_of(task, **fields)
         check(config, self.config)

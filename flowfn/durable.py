@@ -16,7 +16,8 @@ from flowfn_runtime.errors import ValidationError
 from flowfn_runtime.taskcall import FileFunction, StagedArgument
 
 from . import config as configuration
-from .submit import Call, submit
+from .plan import Call
+from .submit import submit
 from .task import Task
 from .taskconfig import TaskConfig
 

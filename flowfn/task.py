@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from flowfn_runtime import taskdb, taskdir
+from flowfn_runtime import taskdb, taskdir, tasksql
 from flowfn_runtime.errors import CallCancelled, FlowError, TaskError, TaskFailed, TaskNotFound, WorkerLost
 
 from . import config as configuration
@@ -251,7 +251,7 @@ class Task:
         try:
             taskdir.request_cancel(self._directory, reason)
         except OSError as error:
-            raise taskdb.explain(error) from error
+            raise tasksql.explain(error) from error
         _signal_supervisor(self._directory)
         return self
 

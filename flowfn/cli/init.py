@@ -49,7 +49,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> int:
     from flowfn import config
-    from flowfn_runtime import paths, taskdb
+    from flowfn_runtime import paths, tasksql
 
     from . import output
 
@@ -67,7 +67,7 @@ def run(args: Any) -> int:
         except FileExistsError:
             kept.append(path)
         except OSError as error:
-            raise taskdb.explain(error) from error
+            raise tasksql.explain(error) from error
     config.load()
     if args.json:
         output.print_json({"written": written, "kept": kept})

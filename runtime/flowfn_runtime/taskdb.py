@@ -2,61 +2,28 @@
 
 A row is what its supervisor wrote last. A supervisor that was killed wrote nothing, so nobody believes a row that says
 pending or running before looking at the task's lock: if it is free, the reader settles the row from what the task's
-directory holds. This is the one place that sees sqlite3's errors.
+directory holds.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import paths, taskdir
+from . import taskdir
 from .errors import NameConflict, ResourceUnavailable, TaskError, TaskNotFound
+from .tasksql import read, write
 
 if TYPE_CHECKING:
     import sqlite3
-
-T = TypeVar("T")
 
 PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "pending", "running", "completed", "failed", "cancelled"
 ACTIVE = (PENDING, RUNNING)
 STATES = (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED)
 
-_SCHEMA_VERSION = 1
-_BUSY_TIMEOUT_S = 60.0
-_SCHEMA = (
-    """
-    CREATE TABLE tasks (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,   -- the order of submission
-        id TEXT NOT NULL UNIQUE,
-        project TEXT NOT NULL,
-        name TEXT NOT NULL,
-        state TEXT NOT NULL,
-        reason TEXT NOT NULL,
-        command TEXT NOT NULL,
-        gpu TEXT NOT NULL,
-        nodes INTEGER NOT NULL,
-        ports TEXT NOT NULL,                     -- JSON list
-        created_at REAL NOT NULL,
-        started_at REAL,
-        ended_at REAL,
-        exit_code INTEGER,
-        attempts INTEGER NOT NULL,
-        boot_id TEXT NOT NULL
-    )
-    """,
-    "CREATE INDEX tasks_of_project ON tasks (project, seq)",
-    "CREATE INDEX tasks_by_name ON tasks (project, name, seq)",
-    "CREATE INDEX tasks_active ON tasks (seq) WHERE state IN ('pending', 'running')",
-    # Which block volumes a task has to itself.
-    "CREATE TABLE holds (volume_id TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (volume_id, seq)) WITHOUT ROWID",
-)
 _COLUMNS = (
     "seq, id, project, name, state, reason, command, gpu, nodes, ports, created_at, started_at, ended_at, exit_code, "
     "attempts, boot_id"
@@ -128,7 +95,7 @@ def add(row: TaskRow, block_volumes: Sequence[str] = (), depends_on: Sequence[st
             db.execute("UPDATE tasks SET reason = ? WHERE seq = ?", (reason, seq))
         return seq, after
 
-    return _write(insert)
+    return write(insert)
 
 
 def update(task_id: str, **fields: Any) -> bool:
@@ -144,7 +111,7 @@ def update(task_id: str, **fields: Any) -> bool:
             db.execute("DELETE FROM holds WHERE seq = (SELECT seq FROM tasks WHERE id = ?)", (task_id,))
         return done.rowcount > 0
 
-    return _write(change)
+    return write(change)
 
 
 def forget(task_id: str) -> None:
@@ -154,7 +121,7 @@ def forget(task_id: str) -> None:
         db.execute("DELETE FROM holds WHERE seq = (SELECT seq FROM tasks WHERE id = ?)", (task_id,))
         db.execute("DELETE FROM tasks WHERE id = ?", (task_id,))
 
-    _write(delete)
+    write(delete)
 
 
 def remove(task_ids: Sequence[str]) -> None:
@@ -164,7 +131,7 @@ def remove(task_ids: Sequence[str]) -> None:
         for task_id in task_ids:
             db.execute("DELETE FROM tasks WHERE id = ? AND state NOT IN ('pending', 'running')", (task_id,))
 
-    _write(delete)
+    write(delete)
     for task_id in task_ids:
         taskdir.remove_tree(taskdir.task_dir(task_id))
 
@@ -199,7 +166,7 @@ def _refuse_conflicts(db: sqlite3.Connection, row: TaskRow, depends_on: Sequence
 
 def get(task_id: str) -> TaskRow:
     """The task of this id, as it really is now; `TaskNotFound` if there is none."""
-    row = _read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (task_id,)).fetchone())
+    row = read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (task_id,)).fetchone())
     if row is None:
         raise TaskNotFound(f"there is no task {task_id!r}", hint="See the tasks of the project with: flow ps --all")
     return settled(_row(row))
@@ -234,7 +201,7 @@ def find(wanted: str, project: str) -> TaskRow:
         names = db.execute("SELECT name FROM tasks WHERE project = ? ORDER BY seq DESC LIMIT 200", (project,))
         return like, [name for (name,) in names]
 
-    rows, names = _read(select) or ([], [])
+    rows, names = read(select) or ([], [])
     if len(rows) == 1:
         return settled(_row(rows[0]))
     if len(rows) > 1:
@@ -276,7 +243,7 @@ def _page(project: str | None, states: Sequence[str], before: int, size: int) ->
         where.append("state IN ('pending', 'running')" if only_active else f"state IN ({', '.join('?' * len(wanted))})")
         conditions += [] if only_active else wanted
     query = f"SELECT {_COLUMNS} FROM tasks WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
-    rows = _read(lambda db: db.execute(query, (*conditions, size)).fetchall())
+    rows = read(lambda db: db.execute(query, (*conditions, size)).fetchall())
     return [_row(row) for row in rows or ()]
 
 
@@ -285,7 +252,7 @@ def settled(row: TaskRow) -> TaskRow:
     directory = taskdir.task_dir(row.id)
     if not row.active or taskdir.is_held(directory):
         return row
-    fresh = _read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (row.id,)).fetchone())
+    fresh = read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (row.id,)).fetchone())
     if fresh is None or not (row := _row(fresh)).active:
         return row if fresh is not None else row._replace(state=FAILED, reason="it was removed")
     ended = _what_became(row, directory)
@@ -313,7 +280,7 @@ def _what_became(row: TaskRow, directory: str) -> dict[str, Any]:
     return {"state": state, "reason": reason, "ended_at": time.time()}
 
 
-# -- the database ------------------------------------------------------------------------------------------------------
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 def _values(row: TaskRow) -> tuple[Any, ...]:
@@ -335,99 +302,3 @@ def _row(values: Sequence[Any]) -> TaskRow:
     fields = list(values)
     fields[9] = tuple(json.loads(fields[9]))
     return TaskRow(*fields)
-
-
-def _database() -> str:
-    return os.path.join(taskdir.tasks_root(), "registry.db")
-
-
-def _write(work: Callable[[sqlite3.Connection], T]) -> T:
-    """Run `work` in a transaction of its own, one at a time among all processes of this home."""
-    try:
-        paths.private_dir(paths.home())
-        paths.private_dir(taskdir.tasks_root())
-        # Writers queue at a kernel lock, which neither polls nor starves anyone as SQLite's busy handler may.
-        gate = os.open(
-            os.path.join(taskdir.tasks_root(), "registry.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-    except OSError as error:
-        raise explain(error) from error
-    try:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        with _connection("rwc") as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                if _schema_version(db) < _SCHEMA_VERSION:
-                    for statement in _SCHEMA:
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-                result = work(db)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            return result
-    finally:
-        fcntl.flock(gate, fcntl.LOCK_UN)  # by name: a process forked meanwhile has the same open file
-        os.close(gate)
-
-
-def _read(work: Callable[[sqlite3.Connection], T]) -> T | None:
-    """Run `work` on the register as it is; None if there is none yet."""
-    if not os.path.exists(_database()):
-        return None
-    with _connection("ro") as db:
-        return work(db) if _schema_version(db) else None
-
-
-@contextmanager
-def _connection(mode: str) -> Iterator[sqlite3.Connection]:
-    # A rollback journal, not WAL: it can be read in a read-only home, and works on network filesystems.
-    import sqlite3
-
-    path = _database()
-    try:
-        if mode == "rwc":
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        quoted = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        uri = f"file:{quoted}?mode={mode}"
-        db = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-        try:
-            yield db
-        finally:
-            db.close()
-    except (sqlite3.Error, OSError) as error:
-        raise explain(error) from error
-
-
-def _schema_version(db: sqlite3.Connection) -> int:
-    version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > _SCHEMA_VERSION:
-        raise TaskError(
-            f"{_database()} was written by a newer flowfn (schema {version}; this one knows {_SCHEMA_VERSION})",
-            hint="Upgrade flowfn here: pip install -U flowfn",
-        )
-    return version
-
-
-def explain(error: Exception) -> TaskError:
-    """What a failure of the database or of the disk under the tasks means to the user."""
-    text, number, root = str(error), getattr(error, "errno", None), taskdir.tasks_root()
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "readonly" in text or "unable to open" in text:
-        return TaskError(f"{root} is not writable ({text})", hint="Set FLOW_HOME to a directory that you may write to.")
-    if number in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in text:
-        return TaskError(
-            f"the disk of {root} is full", hint="Free some space there (flow cache prune), or set FLOW_HOME elsewhere."
-        )
-    if "malformed" in text or "not a database" in text:
-        return TaskError(
-            f"the register of tasks is damaged: {_database()} ({text})",
-            hint="Move the file away: tasks run on, and their directories keep logs and outcomes.",
-        )
-    if "locked" in text:
-        return TaskError(
-            f"the register of tasks stayed locked for {_BUSY_TIMEOUT_S:.0f} s: {_database()}",
-            hint="Another program has it open in a transaction; end it.",
-        )
-    return TaskError(f"the register of tasks failed: {text} ({root})")

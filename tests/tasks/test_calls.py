@@ -98,7 +98,13 @@ def test_every_kind_of_ending(client: Flow) -> None:
 
     ended = {f.__name__: submit(f) for f in (raise_odd, die, leave, unpicklable, numbers, later, large)}
     slow = submit(forever, timeout=0.3)
-    hog = submit(lambda: len(bytearray(400 << 20)) and forever(), memory="200MiB")
+
+    def greedy() -> None:
+        kept = bytearray(400 << 20)
+        forever()
+        del kept
+
+    hog = submit(greedy, memory="200MiB")
     unwanted = submit(forever)
     with pytest.raises(Odd, match="odd 3") as caught:
         ended["raise_odd"].result(60)

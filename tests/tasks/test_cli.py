@@ -179,8 +179,9 @@ def test_logs(client: Flow) -> None:
     assert flow("logs", "--node", "1", nodes.name).stdout == "rank 1\n"
     assert flow("logs", "--node", "2", nodes.name).returncode == cli.FAILED
     # Who reads no further ends it without a word.
-    done = subprocess.run(f"{' '.join(map(repr, FLOW))} logs {task.name} | head -n 1", shell=True, capture_output=True)
-    assert done.stdout == b"o1\n" and b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
+    pipe = f"{' '.join(map(repr, FLOW))} logs {task.name} | head -n 1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True)
+    assert done.stdout == "o1\n" and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 def test_rm_forgets_what_has_ended(project: Path, flow_home: Path, client: Flow) -> None:

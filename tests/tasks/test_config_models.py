@@ -57,7 +57,7 @@ def test_mistakes_name_the_field_and_what_it_accepts(fields: dict[str, Any], say
 def test_mistakes_show_no_secret() -> None:
     for env in ({"TOKEN": "hush\0"}, {"TOKEN": ["hush"]}, "hush"):
         with pytest.raises(ValidationError) as caught:
-            TaskConfig(command="true", env=env)  # type: ignore[arg-type]
+            TaskConfig(command="true", env=env)
         assert "hush" not in str(caught.value)
     assert "hush" not in repr(TaskConfig(command="true", env={"TOKEN": "hush"}))
 
@@ -66,7 +66,7 @@ def test_what_is_accepted_comes_out_in_one_form() -> None:
     config = TaskConfig(
         command="\n    a\n      b\n    ",
         ports=[9000, 8080, 8080],
-        volumes=["volume://data", {"name": "models"}, VolumeSpec(volume_id="vol_1", mount_path="/x")],  # type: ignore[list-item]
+        volumes=["volume://data", {"name": "models"}, VolumeSpec(volume_id="vol_1", mount_path="/x")],
         retries=3,
         instance_type="8xH100",
         working_dir="src",
@@ -76,10 +76,10 @@ def test_what_is_accepted_comes_out_in_one_form() -> None:
     assert config.retry_policy().max_retries == 3
     assert config.gpu() == "h100:8"
     assert config.working_dir == "/workspace/src"
-    assert VolumeSpec(target="/t", size_gb=2).mount_path == "/t"  # type: ignore[call-arg]
+    assert VolumeSpec(target="/t", size_gb=2).mount_path == "/t"
     assert TaskConfig(command="x").gpu() == ""
     with pytest.raises(ValidationError):
-        VolumeSpec(target="/t", mount_path="/u")  # type: ignore[call-arg]
+        VolumeSpec(target="/t", mount_path="/u")
 
 
 def test_yaml_there_and_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from flowfn.client import Flow
 from flowfn.task import Task
-from flowfn_runtime import proctree, taskdb, taskdir
+from flowfn_runtime import proctree, taskdb, taskdir, tasksql
 from flowfn_runtime.data import volumes
 from flowfn_runtime.errors import NameConflict, TaskError, TaskFailed, TaskNotFound, ValidationError
 
@@ -419,7 +419,8 @@ def test_unusual_commands(client: Flow, completed: Completed) -> None:
     assert completed(client.submit(["printf", "%s|", "a b", "$HOME"])) == "a b|$HOME|"
     assert completed(client.submit("\n    if true; then\n      echo a\n    fi\n    ")) == "a\n"
     assert client.submit(["no-such-program"]).wait(20).exit_code not in (0, None)
-    for wrong in ("", "  ", [], "a\0b"):
+    wrongs: tuple[str | list[str], ...] = ("", "  ", [], "a\0b")
+    for wrong in wrongs:
         with pytest.raises(ValidationError):
             client.submit(wrong)
     assert completed(client.submit("printf '\\xff\\xfe no newline'")) == "�� no newline"
@@ -437,7 +438,7 @@ def test_the_terminal_follows_a_task_that_it_did_not_start(client: Flow) -> None
 def test_rows_asked_for_are_rows_read(client: Flow, project: Path) -> None:
     done = client.submit("true").wait(30)
     row = taskdb.get(done.task_id)
-    with taskdb._connection("rwc") as db:
+    with tasksql.connection("rwc") as db:
         values = taskdb._values(row)
         rows = [(f"task_{n:012x}", *values[1:]) for n in range(10_000)]
         marks = ", ".join("?" * len(values))

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +26,7 @@ def write(root: Path, *names: str, text: str = "") -> None:
         path.write_text(text or name)
 
 
-def taken(root: Path, **options: int) -> list[str]:
+def taken(root: Path, **options: Any) -> list[str]:
     return [entry.path for entry in project.snapshot(str(root), **options).files]
 
 
