@@ -86,7 +86,7 @@ class Function(Generic[P, R]):
         Raises WorkerLost if the worker died, OutOfMemory over `memory=`, FunctionTimeout over `timeout=`,
         SerializationError for what can't be pickled, BackendUnavailable or ResourceUnavailable if no worker can be had.
         """
-        if (asyncio := sys.modules.get("asyncio")) is not None and asyncio._get_running_loop() is not None:
+        if (asyncio := sys.modules.get("asyncio")) is not None and asyncio._get_running_loop() and not _in_a_cell():
             warnings.warn(
                 f"{self.name}.remote() blocks the running event loop; write: await {self.name}.spawn(...)",
                 RuntimeWarning,
@@ -271,7 +271,8 @@ class Function(Generic[P, R]):
     def __reduce__(self) -> Any:
         from flowfn.backends.base import Backend
 
-        if not self._bound and (name := bodies_here.importable(self)):
+        name = None if self._bound else bodies_here.importable(self)
+        if name and bodies.resolve(*name) is self:  # and no other handle of the same function, with other options
             return bodies.handle_by_name, name
         spec = self.spec
         if isinstance(spec.backend, Backend):
@@ -302,6 +303,13 @@ class AsyncFunction(Function[P, R]):
 def _here(value: Any) -> Any:
     """A reference of `flow.put` as the object it stands for; anything else as it is."""
     return value.get() if type(value) is Shared else value
+
+
+def _in_a_cell() -> bool:
+    """Whether who calls `remote` is plain code of a notebook, where a loop runs that only waits for the cell."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return hasattr(shell, "kernel") and not sys._getframe(2).f_code.co_flags & inspect.CO_COROUTINE
 
 
 def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:

@@ -64,6 +64,8 @@ class Worker:
             wire.check_versions(here, there, where=f"the worker ({self.label})")
         except EOFError:
             how = self.connection.exit(EXIT_WAIT_S)
+            if how.limit_bytes is not None:
+                raise self._over_limit(how, "a worker used", "while it started") from None
             raise BackendUnavailable(f"a worker ({self.label}) ended while it started: {describe(how)}") from None
         side = getattr(self.connection, "side", None)
         if shm and side is not None:
@@ -132,16 +134,20 @@ class Worker:
         how = self.connection.exit(EXIT_WAIT_S)
         self.last_words = how.output
         if how.limit_bytes is not None:
-            peak = how.peak_bytes or how.limit_bytes
-            memory = OutOfMemory(
-                f"the call used {mib(peak)} MiB of memory and its limit is {mib(how.limit_bytes)} MiB ({self.label})",
-                hint="ask for more with memory=, or use less",
-            )
-            memory.limit_bytes, memory.peak_bytes, memory.exitcode = how.limit_bytes, peak, how.exitcode
-            return memory, True
+            return self._over_limit(how, "the call used", "of memory"), True
         lost = WorkerLost(f"the worker ({self.label}) died during the call: {describe(how)}")
         lost.exitcode = how.exitcode
         return lost, how.by_itself
+
+    def _over_limit(self, how: Exit, who: str, what: str) -> OutOfMemory:
+        limit = how.limit_bytes or 0
+        peak = how.peak_bytes or limit
+        error = OutOfMemory(
+            f"{who} {mib(peak)} MiB {what}, and its limit is {mib(limit)} MiB ({self.label})",
+            hint="ask for more with memory=, or use less",
+        )
+        error.limit_bytes, error.peak_bytes, error.exitcode = limit, peak, how.exitcode
+        return error
 
     def close(self) -> None:
         """Let go of it: it ends by itself."""

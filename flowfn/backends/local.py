@@ -56,7 +56,7 @@ class LocalConnection(Connection):
         return {
             "env": {name: value for name, value in now.items() if started_with.get(name) != value},
             "unset": [name for name in started_with if name not in now],
-            "sys_path": [os.path.abspath(entry) if entry == "" else entry for entry in sys.path],
+            "sys_path": _absolute(sys.path),
             "cwd": _cwd(),
             "argv0": sys.argv[0] if sys.argv else "",
             "shm": self.side is not None,
@@ -145,7 +145,7 @@ class _Host:
 
     @property
     def alive(self) -> bool:
-        return self._reader.is_alive()
+        return self._reader.is_alive() and not self._closing
 
     def _listen(self) -> None:
         while True:
@@ -204,10 +204,10 @@ class _Host:
         self._reader.join(5)
         self.control.close()
 
-    def was_killed(self) -> bool:
-        """Whether it was killed, by somebody else; another one may then take its place."""
+    def was_ended(self) -> bool:
+        """Whether it was ended, by somebody else; another one may then take its place."""
         self._reader.join(5)
-        return not self.alive and self.error is None and not self._closing
+        return not self.alive and self.error is None
 
     def forget(self) -> None:
         """In a forked child: let go of what belongs to the parent."""
@@ -241,6 +241,18 @@ def _fill_standard_descriptors() -> None:
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
+
+
+def _absolute(entries: list[str]) -> list[str]:
+    """As the entries of `sys.path` are meant here; relative ones mean nothing where there is no directory."""
+    cwd = _cwd()
+    found = []
+    for entry in entries:
+        if os.path.isabs(entry):
+            found.append(entry)
+        elif cwd is not None:
+            found.append(os.path.join(cwd, entry) if entry else cwd)
+    return found
 
 
 def _cwd() -> str | None:
@@ -337,7 +349,7 @@ class LocalBackend(Backend):
             try:
                 return host.connect(request, env, self.accelerated)
             except BackendUnavailable:
-                if attempt == _ATTEMPTS - 1 or not host.was_killed():
+                if attempt == _ATTEMPTS - 1 or not host.was_ended():
                     raise
         raise AssertionError
 
@@ -390,6 +402,6 @@ class LocalBackend(Backend):
 
     def close(self) -> None:
         with self._lock:
-            hosts, self._hosts = list(self._hosts.values()), {}
-        for host in hosts:
-            host.close()
+            for key, host in list(self._hosts.items()):
+                host.close()  # if this is interrupted, it can be closed again
+                self._hosts.pop(key, None)
