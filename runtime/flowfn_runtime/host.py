@@ -48,7 +48,15 @@ class Child:
         self.memory_limit = memory_limit
         self.peak = 0
         self.out_of_memory = False
+        self.kernel_kills: int | None = None  # in a container with a limit of its own: how many it had seen before
         self.next_sample = 0.0
+
+    def kernel_was_faster(self) -> bool:
+        """Whether the kernel has killed something for want of memory before the next sample would have shown it."""
+        if self.kernel_kills is None or self.memory_limit is None or limits.kernel_kills() <= self.kernel_kills:
+            return False
+        self.peak = max(self.peak, self.memory_limit)
+        return True
 
 
 class Host:
@@ -90,6 +98,8 @@ class Host:
         for _, write_end in pipes:
             os.close(write_end)
         child = Child(request.get("id", 0), pid, request.get("memory"), [read_end for read_end, _ in pipes])
+        if request.get("cgroup"):
+            child.kernel_kills = limits.kernel_kills()
         self.children[pid] = child
         return pid
 
@@ -120,7 +130,7 @@ class Host:
             if child.memory_limit and child.next_sample <= started:
                 used = limits.tree_memory(child.pid, limit=child.memory_limit)
                 child.peak = max(child.peak, used)
-                if used > child.memory_limit:
+                if used > child.memory_limit or child.kernel_was_faster():
                     child.out_of_memory = True
                     limits.kill_tree(child.pid)
                 now = time.monotonic()
@@ -137,6 +147,7 @@ class Host:
                 break
             child = self.children.pop(pid, None)
             if child is not None:
+                child.out_of_memory |= child.kernel_was_faster()
                 end: dict[str, Any] = {"id": child.number, "pid": pid, "exitcode": os.waitstatus_to_exitcode(status)}
                 if child.out_of_memory:
                     end["out_of_memory"] = {"limit": child.memory_limit, "peak": child.peak}

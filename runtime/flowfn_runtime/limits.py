@@ -60,12 +60,17 @@ def set_cpu(cpus: float, *, keep: Collection[str] = ()) -> CpuShare:
     stay as they are, since the user set them. Libraries read these when they are imported. Raises ResourceUnavailable
     if this process may not use that many cores.
     """
+    share = cpu_share(cpus, keep=keep)
+    if share.cores:
+        os.sched_setaffinity(0, share.cores)
+    os.environ.update(share.env)
+    return share
+
+
+def cpu_share(cpus: float, *, keep: Collection[str] = ()) -> CpuShare:
+    """The same without confining anybody: for whoever starts a worker with these cores and variables."""
     env = {name: value for name, value in thread_env(cpus).items() if name not in keep}
-    cores, fds = _claim_cores(cpus)
-    if cores:
-        os.sched_setaffinity(0, cores)
-    os.environ.update(env)
-    return CpuShare(env, cores, fds)
+    return CpuShare(env, *_claim_cores(cpus))
 
 
 def _claim_cores(cpus: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -127,6 +132,16 @@ def sample_interval(used: int, limit: int, cost_s: float = 0.0) -> float:
     tables of a large process holds it up.
     """
     return max(min(1.0, (limit - used) / 4e9), 0.02, 20 * cost_s)
+
+
+def kernel_kills() -> int:
+    """How many processes the kernel has killed in this container because they went over its memory limit."""
+    for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        for line in _read(path).splitlines():
+            name, _, value = line.partition(b" ")
+            if name == b"oom_kill":
+                return int(value)
+    return 0
 
 
 def _resident(pid: int) -> int:

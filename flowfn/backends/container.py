@@ -1,0 +1,353 @@
+"""The container backend: each worker is a container of Podman or Docker on this host, `run -i` its stream.
+
+```toml
+[backends.box]
+type = "container"
+image = "docker.io/library/python:3.12-slim"
+```
+
+The container has the image's files, and of this host's: flowfn's cache, home and store (so that nothing is staged
+twice, and volumes are the same), the mounts, and the directories of `share`, each under the same path as here. It runs
+as the user of this process.
+
+What is shared between workers is decided here, beside the engine: GPUs and cores are claimed, and data is leased, by
+descriptors that the engine's program inherits. So they stay held as long as the container lives, even if this process
+is killed; and then the worker sees its standard input end, ends, and the engine removes the container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import resource
+import sys
+import threading
+import uuid
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flowfn import config, loader, shipping, terminal
+from flowfn.backends import stream
+from flowfn.backends.base import Backend, Connection, Exit
+from flowfn.backends.container_engine import Engine, noise
+from flowfn.backends.container_images import Images
+from flowfn_runtime import paths
+from flowfn_runtime.errors import BackendError, BackendUnavailable, ConfigError, FlowError
+
+if TYPE_CHECKING:
+    from flowfn.spec import FunctionSpec
+    from flowfn_runtime.gpus import Claim, Inventory
+
+LABEL = "flowfn.client"  # on every container: the process that it belongs to
+WORKDIR = "/"
+OVERHEAD_BYTES = 64 << 20  # of the engine's limit, beside what the function may use: the runtime, and room for files
+LOOK_S = 2.0  # how often a call that waits for GPUs looks whether it is still wanted
+END_S = 5.0  # how long a container may take to be gone once it was killed
+
+
+class ContainerConnection(stream.StreamConnection):
+    """One `podman run` or `docker run`, and the container that it stands for."""
+
+    def __init__(self, argv: Sequence[str], *, engine: Engine, pass_fds: Sequence[int], **options: Any) -> None:
+        self.engine = engine
+        self.name = f"flowfn-{uuid.uuid4().hex[:12]}"
+        self._kill_lock = threading.Lock()
+        self._killed = False
+        run = [*engine.command, "run", "--name", self.name, *argv]
+        super().__init__(run, pass_fds=pass_fds, **{**options, "label": f"container {self.name}"})
+
+    def heard(self, line: bytes) -> bool:
+        return noise(line.decode(errors="replace"))
+
+    def judge(self, status: int) -> Exit:
+        # The engine's own failure is 125; of a container that was killed by signal n it says 128 + n.
+        return Exit(128 - status if status > 128 else None, detail=self.said())
+
+    def kill(self) -> None:
+        with self._kill_lock:
+            if self._killed or self._ended.is_set():
+                return
+            self._killed = True
+        threading.Thread(target=self._end, name="flowfn-kill").start()
+
+    def _end(self) -> None:
+        try:
+            status, _, _ = self.engine.ask("kill", self.name)
+            if status == 0 and self._ended.wait(END_S):
+                return
+            if self.process.poll() is None:  # it is just starting, or hangs
+                self.process.kill()
+            self.engine.ask("rm", "--force", self.name)
+        except FlowError:
+            self.process.kill()
+
+
+class ContainerBackend(Backend):
+    """Workers in containers of Podman or Docker on this host.
+
+    `image` (or `container://name:tag`): what functions without `image=` run in, and what `flow.Image.python` is built
+    on; the official image of this Python's version unless given. `engine`: "podman", "docker" or a path; None takes
+    what is there, Podman first. `network`: as the engine's `--network`; None leaves it to the engine. `share`:
+    directories of this host that workers see under the same path. `user`: whom workers run as; None is this process's
+    user. `python`: the interpreter in the image; None looks for one of this Python's version. `engine_limits=False`
+    leaves `memory=` and `cpu=` to the runtime alone. `engine_options`, `run_options` and `build_options` are further
+    arguments: before the engine's verb, of `run`, and of `build`.
+    """
+
+    name = "container"
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        image: str | None = None,
+        engine: str | None = None,
+        network: str | None = None,
+        share: Iterable[str | os.PathLike[str]] = (),
+        user: str | None = None,
+        python: str | None = None,
+        engine_limits: bool = True,
+        engine_options: Iterable[str] = (),
+        run_options: Iterable[str] = (),
+        build_options: Iterable[str] = (),
+    ) -> None:
+        if url is not None:
+            if image is not None:
+                raise ConfigError(f"backend={url!r} and image={image!r} both name an image; leave one of them out")
+            image = url.partition("://")[2]
+            if not re.fullmatch(r"\w[\w./:@-]*", image, re.ASCII):
+                raise ConfigError(
+                    f"backend={url!r} names no image", hint='write "container://name:tag", or "container"'
+                )
+        for name, given in (("share", share), ("engine_options", engine_options), ("run_options", run_options)):
+            if isinstance(given, (str, bytes)):
+                raise ConfigError(f"{name}={given!r} is a text; it has to be a list")
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        self.image = image or f"docker.io/library/python:{version}-slim"
+        self.engine = Engine(engine, list(engine_options))
+        self.images = Images(self.engine, list(build_options))
+        self._network = network
+        self._share = [os.path.abspath(os.path.expanduser(os.fspath(path))) for path in share]
+        self._user = user
+        self._python = python
+        self._engine_limits = engine_limits
+        self._run_options = list(run_options)
+        self._connections = stream.Connections()
+        self._closed = 0  # how often
+
+    # the contract
+
+    def connect(self, spec: FunctionSpec) -> Connection:
+        generation = self._closed
+        facts = self.engine.facts()
+        image = self.images.get(spec.image, self.image)
+        held = Held()
+        try:
+            environ, options = self._resources(spec, held)
+            binds = self._binds(spec, held, environ)
+            if spec.gpu:
+                options += self._gpus(spec, held, environ, generation)
+            enforced = {"cpu"} if "cpuset" in self._limits() else set()
+            launch = shipping.launch(spec, enforce={"memory", "cpu"} - enforced, environ=environ, sandbox=False)
+            if spec.memory and "memory" in self._limits():
+                launch.setup["request"]["cgroup"] = True
+            program = loader.program(self._python, cache=paths.cache())
+            argv = [*self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
+            argv += ["--entrypoint", program[0], image, *program[1:]]
+            kind = functools.partial(ContainerConnection, engine=self.engine, pass_fds=held.fds)
+            explain = functools.partial(self._explain, image)
+            connection = stream.start(argv, launch, label="container", explain=explain, kind=kind)
+        except BaseException:
+            held.close()
+            raise
+        connection.on_end(held.close)
+        if self._closed != generation:
+            connection.kill()
+        return self._connections.add(connection)
+
+    def slots(self, spec: FunctionSpec) -> int:
+        if spec.gpu:
+            from flowfn_runtime import gpus
+
+            there = self._inventory()
+            gpus.check(spec.gpu, there)
+            return max(sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, int(cores // spec.cpu)) if spec.cpu else cores
+
+    def has_room(self, spec: FunctionSpec) -> bool:
+        if not spec.gpu:
+            return True
+        from flowfn_runtime import gpus
+
+        free = gpus.free(self._inventory())
+        return any(sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in free) >= g.count for g in spec.gpu)
+
+    def close(self) -> None:
+        """End all containers; returns when they are gone."""
+        self._closed += 1
+        self._connections.close()
+
+    # the command line
+
+    def _run_words(self, docker: bool, rootless: bool) -> list[str]:
+        # No log driver: what goes over standard output is the worker's stream, and none of a log file's business.
+        words = ["--interactive", "--rm", "--log-driver=none", "--no-healthcheck", "--pull=never"]
+        words += ["--label", f"{LABEL}={os.getpid()}", "--security-opt=label=disable", f"--workdir={WORKDIR}"]
+        if self._network:
+            words.append(f"--network={self._network}")
+        if self._user is not None:
+            words.append(f"--user={self._user}")
+        elif not docker and rootless:
+            words.append("--userns=keep-id")
+        elif not (docker and rootless):  # there the container's root is this user
+            words.append(f"--user={os.getuid()}:{os.getgid()}")
+        if os.getuid() != 0:
+            words += ["--env", "HOME=/tmp"]
+        if not docker:
+            # Podman asks for more than a root without CAP_SYS_RESOURCE may have, and takes from itself what is above.
+            for name, number, most in (
+                ("nofile", resource.RLIMIT_NOFILE, None),
+                ("nproc", resource.RLIMIT_NPROC, 32768),
+            ):
+                hard = resource.getrlimit(number)[1]
+                if hard != resource.RLIM_INFINITY:
+                    hard = min(hard, most or hard)
+                    words.append(f"--ulimit={name}={hard}:{hard}")
+        # PyTorch's loaders and the like want more than 64 MiB; like all memory it counts only when it is used.
+        words.append(f"--shm-size={os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2}")
+        return words
+
+    def _limits(self) -> frozenset[str]:
+        return self.engine.facts().limits if self._engine_limits else frozenset()
+
+    def _resources(self, spec: FunctionSpec, held: Held) -> tuple[dict[str, str], list[str]]:
+        """Cores and memory: variables of the worker, and options of `run`."""
+        environ: dict[str, str] = {}
+        options: list[str] = []
+        limits = self._limits()
+        if spec.memory and "memory" in limits:
+            size = spec.memory + OVERHEAD_BYTES
+            options += [f"--memory={size}b", f"--memory-swap={size}b"]
+        if spec.cpu:
+            if "cpu" in limits:
+                options.append(f"--cpus={min(spec.cpu, os.cpu_count() or 1):g}")
+            if "cpuset" in limits:
+                from flowfn_runtime.limits import cpu_share
+
+                share = cpu_share(spec.cpu)
+                held.keep(share.fds)
+                environ |= share.env
+                options.append(f"--cpuset-cpus={','.join(map(str, share.cores))}")
+        return environ, options
+
+    def _binds(self, spec: FunctionSpec, held: Held, environ: dict[str, str]) -> list[str]:
+        """What of this host the container sees, mounts staged."""
+        import json
+
+        from flowfn_runtime.data import mounts, store
+        from flowfn_runtime.data.references import UPLOAD_LOCAL
+
+        own = [paths.private_dir(paths.home()), *store.shared_dirs()]
+        binds = [bind(path, path, False) for path in dict.fromkeys([*own, *self._share])]
+        environ |= {"FLOW_HOME": paths.home(), UPLOAD_LOCAL: "1"}  # the client does not see the container's files
+        if os.environ.get("FLOW_STORE"):
+            environ["FLOW_STORE"] = os.environ["FLOW_STORE"]
+        if spec.mounts:
+            staged = mounts.stage(
+                spec.mounts,
+                env=spec.environment(os.environ),
+                project=config.load().project,
+                progress=_show,
+            )
+            held.keep(staged.lease_fds)
+            binds += [bind(b.host_path, b.target, b.read_only) for b in staged.binds]
+            environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in spec.mounts})
+        return binds
+
+    # GPUs
+
+    def _inventory(self) -> Inventory:
+        from flowfn_runtime import gpus
+
+        return gpus.inventory(config.load().gpus)
+
+    def _gpus(self, spec: FunctionSpec, held: Held, environ: dict[str, str], generation: int) -> list[str]:
+        """Take the GPUs, waiting for them if need be: options of `run`."""
+        from flowfn import pool
+        from flowfn_runtime import gpus
+
+        there = self._inventory()
+        claim: Claim | None = None
+        while claim is None:
+            claim = gpus.claim(spec.gpu, there=there, wait=True, timeout=LOOK_S)
+            if claim is None and (self._closed != generation or not pool.wanted(self, spec)):
+                raise BackendUnavailable("all GPUs are in use, and no call waits for one any more")
+        held.keep(claim.fds)
+        environ |= claim.env
+        return gpu_options([gpu.uuid for gpu in claim.gpus if not gpu.declared], self.engine.facts().docker)
+
+    def _explain(self, image: str, status: int, said: str) -> FlowError | None:
+        self.images.forget()
+        if found := self.engine.meaning(said, image):
+            return found
+        if status == 125:
+            return BackendError(f"{self.engine.name} can't start a container of {image}:\n{said.strip()}")
+        return None
+
+
+class Held:
+    """Descriptors that keep cores, GPUs and data for a worker, until its container is gone."""
+
+    def __init__(self) -> None:
+        self.fds: list[int] = []
+        self._lock = threading.Lock()
+        _held.add(self)
+
+    def keep(self, fds: Iterable[int]) -> None:
+        """Take these over."""
+        self.fds += fds
+
+    def close(self) -> None:
+        """Let go of them in this process. Safe to repeat."""
+        with self._lock:
+            fds, self.fds = self.fds, []
+        for fd in fds:
+            os.close(fd)
+
+
+_held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A forked child must not hold what the parent's workers hold."""
+    for held in list(_held):
+        held._lock = threading.Lock()
+        with contextlib.suppress(OSError):
+            held.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def bind(source: str, target: str, read_only: bool) -> str:
+    """An option of `run`: a file or directory of the host in the container."""
+    fields = ["type=bind", f"source={source}", f"target={target}", *(["readonly"] if read_only else [])]
+    quoted = ('"' + field.replace('"', '""') + '"' if "," in field or '"' in field else field for field in fields)
+    return f"--mount={','.join(quoted)}"
+
+
+def gpu_options(uuids: Sequence[str], docker: bool) -> list[str]:
+    """Options of `run` that hand these devices to the container: Docker's own, or CDI's names."""
+    if not uuids:
+        return []
+    if docker:
+        return ["--gpus", f'"device={",".join(uuids)}"']
+    return [f"--device=nvidia.com/gpu={uuid}" for uuid in uuids]
+
+
+def _show(state: Any) -> None:
+    terminal.staging({"url": state.url, "done_bytes": state.done_bytes, "total_bytes": state.total_bytes})
