@@ -10,6 +10,7 @@ from flowfn_runtime.errors import BackendUnavailable, ConfigError
 
 GROUP = "flowfn.backends"
 BUILT_IN = {  # known without reading every package's metadata
+    "container": "flowfn.backends.container:ContainerBackend",
     "local": "flowfn.backends.local:LocalBackend",
     "slurm": "flowfn.backends.slurm:SlurmBackend",
     "ssh": "flowfn.backends.ssh:SshBackend",

@@ -54,7 +54,14 @@ class StreamConnection(Connection):
     to kill this program overrides `end_remote`.
     """
 
-    def __init__(self, argv: Sequence[str], *, label: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        label: str,
+        environ: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
         self.label = label
         self.facts: dict[str, Any] = {}  # what the other side said when it was ready
         self.python = ""  # the interpreter there
@@ -65,6 +72,7 @@ class StreamConnection(Connection):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environ,
+                pass_fds=pass_fds,
                 start_new_session=True,
                 bufsize=0,
             )
@@ -332,6 +340,26 @@ def show(label: str, news: dict[str, Any]) -> None:
         terminal.staging(news["progress"])
     elif "log" in news:
         terminal.show_output(news.get("step", "build"), 0, label, news["log"].encode(), True)
+
+
+class Connections:
+    """The connections of a backend, for its `close`."""
+
+    def __init__(self) -> None:
+        self._open: weakref.WeakSet[StreamConnection] = weakref.WeakSet()
+
+    def add(self, connection: StreamConnection) -> StreamConnection:
+        """Keep track of it; returns it."""
+        self._open.add(connection)
+        return connection
+
+    def close(self) -> None:
+        """End all of them; returns when their programs here are gone."""
+        connections = list(self._open)
+        for connection in connections:
+            connection.kill()
+        for connection in connections:
+            connection.exit(END_S)
 
 
 _all: weakref.WeakSet[StreamConnection] = weakref.WeakSet()
