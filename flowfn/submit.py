@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 _LISTED_COMMAND = 200  # characters of a command that listings keep
 # What the shell between client and supervisor runs: it ends at once, so the supervisor is nobody's child.
 _DETACH = '"$@" &'
-_SUPERVISOR = "import sys; sys.path.append(sys.argv.pop(1)); from flowfn_runtime.supervisor import main; main()"
+# Where Python is told to keep no bytecode beside the sources, the supervisor keeps its own in our cache: compiling
+# would take half of its start.
+_SUPERVISOR = """
+import sys
+sys.path.append(sys.argv.pop(1))
+if sys.dont_write_bytecode:
+    sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
+del sys.argv[1]
+from flowfn_runtime.supervisor import main
+main()
+"""
 
 
 def submit(task: TaskConfig, *, settings: configuration.Config | None = None, call: Call | None = None) -> str:
@@ -168,7 +178,9 @@ def _launch(directory: str, lock: int, plan: dict[str, Any], settings: configura
         env = os.environ | {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache()}
         if settings.gpus:
             env["FLOW_GPUS"] = settings.gpus
-        program = [sys.executable, "-c", _SUPERVISOR, plan["runtime"], directory, str(first), str(first + 1)]
+        bytecode = os.path.join(paths.private_dir(paths.cache()), "bytecode")
+        numbers = [str(first), str(first + 1)]
+        program = [sys.executable, "-c", _SUPERVISOR, plan["runtime"], bytecode, directory, *numbers]
         shell = ["/bin/sh", "-c", _DETACH, "sh", *program]
         pid = os.posix_spawn(shell[0], shell, env, file_actions=actions, setsid=True)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
