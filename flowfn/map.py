@@ -68,10 +68,10 @@ class Run:
         self.fixed_window = window
         self.window = window if window is not None else max(16, 4 * self.workers)
         self.size = 1  # items a batch
-        self.lock = threading.Lock()
-        self.wake_puller = threading.Condition(self.lock)
-        self.wake_couriers = threading.Condition(self.lock)
-        self.wake_consumer = threading.Condition(self.lock)
+        self.lock = threading.RLock()
+        self.wake_puller = threads.Condition(self.lock)
+        self.wake_couriers = threads.Condition(self.lock)
+        self.wake_consumer = threads.Condition(self.lock)
         self.pending: deque[Any] = deque()
         self.singles: deque[Item] = deque()
         self.pulled = 0  # inputs taken from the source
@@ -84,7 +84,8 @@ class Run:
         self.exhausted = False
         self.closed = False
         self.stop_at: int | None = None  # no result from this index on is wanted
-        self.error: BaseException | None = None  # of the map itself: the source raised, no worker could be had
+        self.error: BaseException | None = None  # of the map itself: no worker could be had
+        self.source_error: BaseException | None = None
         self.couriers = 0
         self.idle_couriers = 0
         self.puller_waits = False
@@ -114,7 +115,7 @@ class Run:
                         return
         except BaseException as error:
             with self.lock:
-                self.error_at(pulled, error)
+                self.source_error = error  # raised where the next result would be
         finally:
             close = getattr(source, "close", None)
             with self.lock:
@@ -148,14 +149,6 @@ class Run:
             if self.closed or self.stop_at is not None:
                 return -1
             return self.consumed + self.window
-
-    def error_at(self, index: int, error: BaseException) -> None:
-        """The source raised: that is raised where the next result would be."""
-        if self.return_exceptions or not self.ordered:
-            self.error = error
-        else:
-            self.put(index, [calls.Outcome(error=error)])
-            self.stop_at = index if self.stop_at is None else min(self.stop_at, index)
 
     # for couriers; those marked (locked) are called with the lock held
 
@@ -253,7 +246,7 @@ class Run:
     def recall(self) -> None:
         """Tell the workers to leave what they have not begun, if none of it is wanted (locked)."""
         for worker, chunks in self.active.items():
-            for chunk in chunks:
+            for chunk in list(chunks):  # its courier adds to it without the lock
                 if self.closed or (self.stop_at is not None and chunk.first > self.stop_at):
                     try:
                         worker.stream.send(wire.RECALL, call=chunk.number, flags=wire.AHEAD)
@@ -275,6 +268,9 @@ class Run:
                 if self.error is not None:
                     raise self.error
                 if self.closed or (self.exhausted and self.consumed >= self.pulled):
+                    error, self.source_error = self.source_error, None
+                    if error is not None and not self.closed:
+                        raise error
                     return None
                 self.consumer_waits = True
                 try:
@@ -304,7 +300,7 @@ class Run:
         try:
             while (values := self.results()) is not None:
                 values.reverse()
-                while values:
+                while values and not self.closed:
                     result = values.pop()
                     self.consumed += 1
                     if self.puller_waits and self.pulled - self.consumed <= self.window - max(1, self.window // 8):

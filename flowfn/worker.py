@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flowfn.body import Version
     from flowfn.shared import Shared
 
+KEPT_FUNCTIONS = 256  # function bodies that a worker has at a time
 EXIT_WAIT_S = 2.0  # how long the news of a worker's end may take once its stream has ended
 
 
@@ -31,6 +32,7 @@ class Worker:
         self.host = ""
         self.pid = 0
         self._functions: dict[Any, int] = {}
+        self._numbered = 0
         self._objects: set[str] = set()
         self._drops: list[str] = []
         self._killed = False
@@ -81,7 +83,12 @@ class Worker:
         if number is None:
             for needed in (*version.objects, *([shared] if shared else [])):
                 self.give(needed)
-            number = self._functions[key] = len(self._functions) + 1
+            if len(self._functions) >= KEPT_FUNCTIONS:
+                number = self._functions.pop(next(iter(self._functions)))  # the worker has the new one in its place
+            else:
+                self._numbered += 1
+                number = self._numbered
+            self._functions[key] = number
             meta = json.dumps({"kwargs": shared.key}).encode() if shared else b""
             payload = version.payload
             self.stream.send(
@@ -109,6 +116,8 @@ class Worker:
         while self._drops:
             key = self._drops.pop()
             self._objects.discard(key)
+            for known in [known for known in self._functions if known[1] == key]:
+                del self._functions[known]  # whose calls all had this object
             self.stream.send(wire.DROP, flags=self.ahead, meta=key.encode())
 
     def kill(self) -> None:

@@ -171,6 +171,9 @@ class Worker:
         elif kind == wire.DROP:
             key = frame.meta.decode()
             self.objects.pop(key, None)
+            for number in [number for number, (_, shared) in self.functions.items() if shared == key]:
+                del self.functions[number]
+                self.loaded.pop(number, None)
             if self.stream.mapped is not None:
                 self.stream.mapped.forget(EVERYBODY | int(key.rpartition("-")[2]))
         # CREDIT, CLOSE, RECALL and END that come after the end of what they were about need no answer.
