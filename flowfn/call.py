@@ -16,6 +16,7 @@ from flowfn_runtime import exceptions, pickling, wire
 from flowfn_runtime.errors import (
     BackendError,
     CallCancelled,
+    FlowError,
     FunctionTimeout,
     OutOfMemory,
     ProtocolError,
@@ -201,7 +202,7 @@ def _attempt(call: Call, pool: Pool) -> Outcome | RemoteStream | None:
         try:
             call.ticket = Ticket(call)
             worker = pool.acquire(call.ticket)
-        except Exception as error:
+        except FlowError as error:
             return Outcome(error=error)
     call.worker = worker
     if call.cancelled:
@@ -347,37 +348,46 @@ class RemoteStream:
 
     def __next__(self) -> Any:
         worker, call = self._worker, self._call
-        if worker is None:
+        if worker is None or worker.owner is not call:
             raise StopIteration
         try:
-            while True:
-                frame = worker.stream.receive()
-                if frame.kind == wire.YIELD:
-                    self._taken += 1
-                    if self._taken >= STREAM_CREDIT:
-                        worker.stream.send(wire.CREDIT, call=call.number, arg=self._taken)
-                        self._taken = 0
-                    return Outcome(data=Payload(frame.body, frame.buffers, [])).value()
-                if frame.kind == wire.LOG:
-                    hear(call, worker, frame)
-                elif frame.kind == wire.RESULT:
-                    self._give_back()
-                    raise StopIteration
-                elif frame.kind == wire.ERROR:
-                    self._give_back()
-                    Outcome.of_error_frame(frame.meta, Payload(frame.body, frame.buffers, [])).value()
+            outcome = self._receive(worker)
         except TYPE_ERRORS as error:
-            self._give_back()
             call.losses = MAX_LOSSES  # what was yielded can't be taken back, so it is not tried again
             outcome = _lost(call, worker, error, True)
-            assert outcome is not None
-            outcome.value()
-        raise StopIteration
+            self._give_back()
+        except BaseException:  # Ctrl-C: nobody knows how much was read
+            worker.kill()
+            self._give_back()
+            raise
+        if outcome is None:
+            raise StopIteration
+        return outcome.value()
+
+    def _receive(self, worker: Worker) -> Outcome | None:
+        """The next value, or the error with which the function ended; None: it has returned."""
+        call = self._call
+        while True:
+            frame = worker.stream.receive()
+            if frame.kind == wire.YIELD:
+                self._taken += 1
+                if self._taken >= STREAM_CREDIT:
+                    worker.stream.send(wire.CREDIT, call=call.number, arg=self._taken)
+                    self._taken = 0
+                return Outcome(data=Payload(frame.body, frame.buffers, []))
+            if frame.kind == wire.LOG:
+                hear(call, worker, frame)
+            elif frame.kind == wire.RESULT:
+                self._give_back()
+                return None
+            elif frame.kind == wire.ERROR:
+                self._give_back()
+                return Outcome.of_error_frame(frame.meta, Payload(frame.body, frame.buffers, []))
 
     def close(self) -> None:
         """End the function, if it has not ended; the values that are left are dropped."""
         worker = self._worker
-        if worker is None:
+        if worker is None or worker.owner is not self._call:
             return
         # It may be busy with its next value for long: it gets a moment to end by itself.
         kill = clock.later(1.0, worker.kill)
@@ -392,15 +402,16 @@ class RemoteStream:
             self._give_back()
 
     def _give_back(self) -> None:
-        worker, self._worker = self._worker, None
+        worker = self._worker
         if self._timer is not None:
             self._timer.cancel()
         with _ending:
             self._call.worker = None
         if self._call.logs is not None:
             terminal.end_output(self._call.number)
-        if worker is not None:
+        if worker is not None and worker.owner is self._call:  # if not, it was given back, and Ctrl-C came then
             self._pool.release(worker)
+        self._worker = None
 
     def __del__(self) -> None:
         if getattr(self, "_worker", None) is not None:

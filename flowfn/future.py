@@ -6,6 +6,7 @@ import concurrent.futures
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from flowfn import threads
 from flowfn_runtime.errors import CallCancelled
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Future(concurrent.futures.Future[R]):
 
     def __init__(self, call: Call) -> None:
         super().__init__()
+        self._condition = threads.Condition()
         self._call = call
 
     @property

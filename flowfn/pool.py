@@ -237,6 +237,11 @@ class Pool:
             self._starting += 1
 
     def _start_one(self) -> None:
+        self._start_worker()
+        if self.closed:
+            registry.close_again(self.backend)
+
+    def _start_worker(self) -> None:
         worker = error = None
         try:
             if self.spec.gpu:

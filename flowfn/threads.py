@@ -1,11 +1,17 @@
-"""Threads that flowfn starts: they never keep the program from ending, and starting one can't leave half of one."""
+"""Threads and conditions that Ctrl-C can't leave half-way.
+
+An exception of a signal handler may come after any call in the main thread: one that has just taken a lock, and has
+not yet come to the `try` that gives it back. Where flowfn's own threads would then wait for ever, these are used.
+"""
 
 from __future__ import annotations
 
 import _thread
+import operator
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from flowfn_runtime.errors import BackendError
 
@@ -27,3 +33,36 @@ def _run(target: Callable[[], object]) -> None:
     if trace is not None:
         sys.settrace(trace)
     target()
+
+
+class Condition(threading.Condition):
+    """A condition on a reentrant lock, which is in order however `with` and `wait` are interrupted."""
+
+    # `with` finds the lock's own methods here, in C: there is no moment between having the lock and knowing it.
+    __enter__: Any = property(operator.attrgetter("_lock.__enter__"))
+    __exit__: Any = property(operator.attrgetter("_lock.__exit__"))
+
+    def __init__(self, lock: Any = None) -> None:
+        super().__init__(lock or threading.RLock())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As of `threading.Condition`; also after an exception the lock is held."""
+        gate = threading.Lock()
+        gate.acquire()
+        self._waiters.append(gate)  # type: ignore[attr-defined]
+        signalled = False
+        late: BaseException | None = None
+        try:
+            self._lock.release()  # type: ignore[attr-defined]  # held once: nothing here enters it twice and waits
+            signalled = gate.acquire() if timeout is None else gate.acquire(True, max(0.0, timeout))
+        finally:
+            while not self._lock._is_owned():  # type: ignore[attr-defined]
+                try:
+                    self._lock.acquire()  # type: ignore[attr-defined]
+                except BaseException as error:
+                    late = error
+            if not signalled and gate in self._waiters:  # type: ignore[attr-defined]
+                self._waiters.remove(gate)  # type: ignore[attr-defined]
+            if late is not None:
+                raise late
+        return signalled

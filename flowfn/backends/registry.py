@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 from flowfn.backends.base import Backend
@@ -18,6 +19,7 @@ BUILT_IN = {  # known without reading every package's metadata
 
 _made: dict[Any, Backend] = {}
 _lock = threading.RLock()
+_left: weakref.WeakSet[Backend] = weakref.WeakSet()  # those that were closed, which a thread may be using still
 
 
 def get(choice: Any = None) -> Backend:
@@ -84,9 +86,15 @@ def _load(kind: str) -> Any:
 def close_all() -> None:
     """Close every backend that was made."""
     with _lock:
-        backends = list(_made.values())
-        _made.clear()
-    for backend in backends:
+        for name, backend in list(_made.items()):
+            backend.close()  # if this is interrupted, it can be closed again
+            _left.add(backend)
+            _made.pop(name, None)
+
+
+def close_again(backend: Backend) -> None:
+    """After a worker was started on a backend: if all were closed meanwhile, this one kept something since."""
+    if backend in _left:
         backend.close()
 
 

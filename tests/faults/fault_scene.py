@@ -85,12 +85,12 @@ class Program:
     def end(self) -> Result:
         """Wait until it has ended."""
         try:
-            code = self.process.wait(BOUND_S)
+            code = self.process.wait(BOUND_S * STRESS)
         except subprocess.TimeoutExpired:
             where = stacks(self.pid)
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"still running after {BOUND_S} s\n{self.said()}{where}") from None
+            raise AssertionError(f"still running after {BOUND_S * STRESS:g} s\n{self.said()}{where}") from None
         self.close()
         for thread in self._threads:
             thread.join(BOUND_S)
