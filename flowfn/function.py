@@ -38,6 +38,9 @@ class Function(Generic[P, R]):
     """
 
     __flow_wrapped__: Callable[P, R]
+    # The function's own, where it has them.
+    __name__: str
+    __qualname__: str
 
     def __init__(self, function: Callable[P, R], spec: FunctionSpec) -> None:
         self.__flow_wrapped__ = function

@@ -180,7 +180,7 @@ def test_content_that_never_fits_its_digest(s3: S3, proxy: Proxy) -> None:
 def test_an_object_that_changes_between_listing_and_read_is_listed_again(s3: S3, proxy: Proxy) -> None:
     s3.put("set/a", b"old")
     s3.put("set/b", b"b")
-    changed = []
+    changed: list[str] = []
 
     def change_first(request: Request) -> Fault | None:
         if request.is_get and not changed:

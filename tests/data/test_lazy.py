@@ -69,7 +69,7 @@ def test_nothing_is_fetched_until_it_is_read(s3: S3, proxy: Proxy) -> None:
         fetched = {request.headers["range"] for request in proxy.gets[1:]}
         assert f"bytes={3 * BLOCK_BYTES}-{4 * BLOCK_BYTES - 1}" in fetched
         assert (root / "big").read_bytes() == data
-        with open(root / "big", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        with open(root / "big", "rb") as whole, mmap.mmap(whole.fileno(), 0, prot=mmap.PROT_READ) as mapped:
             assert mapped[-100:] == data[-100:]
         requests = len(proxy.gets)
         with pytest.raises(OSError) as caught:

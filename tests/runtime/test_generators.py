@@ -105,7 +105,7 @@ def test_closing_while_the_next_value_takes_long(meeting: Meeting) -> None:
         meet().recv(1)
         yield 2
 
-    stream = flow.function(max_workers=1)(slow).remote()
+    stream: Any = flow.function(max_workers=1)(slow).remote()
     assert next(stream) == 1
     met = meeting.next()
     stream.close()

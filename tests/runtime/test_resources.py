@@ -118,5 +118,5 @@ def test_half_a_core_is_one_thread() -> None:
 def test_a_limit_that_python_itself_goes_over() -> None:
     """Too little to do anything with is an error that says so, and not a hang."""
     with pytest.raises((flow.OutOfMemory, flow.BackendError)) as caught:
-        flow.function(memory="2MiB")(abs).remote(-1)
+        flow.function(memory="2MiB")(os.getpid).remote()
     assert "2 MiB" in str(caught.value) or "memory" in str(caught.value)

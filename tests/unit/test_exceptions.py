@@ -220,7 +220,7 @@ def test_groups() -> None:
     assert first.args == (1,) and first.__traceback__ is not None
     assert type(inner).__name__ == "Mine" and inner.exceptions[0].code == 2 and inner.exceptions[1].errno == 5
     stop: Any = there_and_back(base("stop", [KeyboardInterrupt(), ValueError()]))
-    assert isinstance(stop, BaseException) and len(stop.exceptions) == 2
+    assert isinstance(stop, BaseException) and len(stop.exceptions) == 2  # type: ignore[attr-defined]
     locked: Any = there_and_back(group("locked", [ValueError(threading.Lock())]))
     assert type(locked) is group and isinstance(locked.exceptions[0], RemoteError)
 
@@ -254,7 +254,7 @@ class NoText(Exception):
 
 
 class Liar(Exception):
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return KeyError
 

@@ -122,7 +122,7 @@ def test_waiters_hear_of_a_cancellation_at_once() -> None:
 
 def test_callbacks_may_raise(caplog: pytest.LogCaptureFixture) -> None:
     future = make()
-    future.add_done_callback(lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
+    future.add_done_callback(lambda _: 1 / 0)
     heard: list[Any] = []
     future.add_done_callback(heard.append)
     future._start()

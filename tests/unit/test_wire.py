@@ -78,7 +78,12 @@ def same(frame: wire.Frame, sent: dict[str, Any]) -> bool:
 @given(frames=st.lists(FRAMES, min_size=1, max_size=6))
 def test_frames_arrive_as_they_were_sent(shared_memory: bool, frames: list[dict[str, Any]]) -> None:
     pair = Pair(shared_memory=shared_memory, threshold=4096)
-    sender = threading.Thread(target=lambda: [pair.here.send(**frame) for frame in frames])
+
+    def send() -> None:
+        for frame in frames:
+            pair.here.send(**frame)
+
+    sender = threading.Thread(target=send)
     sender.start()
     try:
         for frame in frames:
