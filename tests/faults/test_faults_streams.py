@@ -106,9 +106,6 @@ flow.shutdown()
             sys.executable,
         ).out
         lines = out.splitlines()
-        version = subprocess.run(
-            [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True
-        )
         for line in lines[:3]:
             assert line.startswith("VersionMismatch"), out
             assert version in line and HERE in line
