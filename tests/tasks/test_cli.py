@@ -165,7 +165,7 @@ def test_control_c_says_what_goes_on(client: Flow) -> None:
         said = process.stderr.read()
         assert process.wait(20) == cli.INTERRUPTED
     task = newest(client)
-    assert task.status == "running"
+    assert task.wait_started().status == "running"
     assert task.name in said and "flow logs -f" in said and "flow cancel" in said and "Traceback" not in said
 
 
