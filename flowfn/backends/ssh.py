@@ -79,6 +79,7 @@ class _Lane:
         self.dead = True
         self.keeper.close()
         self.keeper.kill()
+        self.keeper.exit(stream.END_S)
 
 
 class _Failure:
@@ -242,6 +243,7 @@ class SshBackend(Backend):
         ]
         self.hosts = [Host(client, options) for client in clients]
         self._environ = options.environ
+        self._connections = stream.Connections()
         self._lock = threading.Lock()
 
     def connect(self, spec: FunctionSpec) -> Connection:
@@ -253,7 +255,7 @@ class SshBackend(Backend):
             self._left(host)
             raise
         connection.on_end(functools.partial(self._left, host))
-        return connection
+        return self._connections.add(connection)
 
     def _choose(self, spec: FunctionSpec) -> Host:
         """The host with the smallest share of its slots in use, one more counted for it."""
@@ -295,6 +297,7 @@ class SshBackend(Backend):
         return sum(self._fitting(spec).values())
 
     def close(self) -> None:
+        self._connections.close()
         for host in self.hosts:
             host.close()
 

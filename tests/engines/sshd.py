@@ -48,7 +48,7 @@ class Sshd:
 
     def __init__(self, *, hostname: str | None = None, subnet: int = 0, settings: str = "", **environ: str) -> None:
         self.user = login()
-        self.root = Path(tempfile.mkdtemp(prefix="flowfn-sshd-", dir="/tmp"))
+        self.root = Path(tempfile.mkdtemp(prefix="sshd-test-", dir="/tmp"))
         self.root.chmod(0o755)
         self.files = self.root / "files"
         self.hostname = hostname

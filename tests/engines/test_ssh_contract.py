@@ -25,7 +25,8 @@ class TestSsh(BackendContract):
         backend.close()
 
     @pytest.fixture
-    def scratch(self, ssh_server: Sshd) -> Path:
+    def tmp_path(self, ssh_server: Sshd) -> Path:
+        """One that the login may enter: pytest's own is the user's alone."""
         place = ssh_server.root / uuid.uuid4().hex
         place.mkdir()
         shutil.chown(place, ssh_server.user)
