@@ -35,6 +35,7 @@ class Shared(Generic[T]):
         self._entries: list[tuple[int, int]] = []
         self._payload = payload
         self.size_bytes = payload.size_bytes
+        self.references = [r for r in payload.references if isinstance(r, Shared)]  # of what was put before, in this
         self._snapshot()
 
     def get(self) -> T:

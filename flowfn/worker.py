@@ -99,6 +99,8 @@ class Worker:
     def give(self, shared: Shared[Any]) -> None:
         """See that the worker has a shared object. It travels once."""
         if shared.key not in self._objects:
+            for inner in shared.references:
+                self.give(inner)
             self._objects.add(shared.key)
             shared.send(self.stream, self.ahead)
             shared.on_drop(self)

@@ -36,6 +36,12 @@ def out_of_the_way(fd: int) -> int:
     return moved
 
 
+def _identity(fd: int) -> tuple[int, int]:
+    """What a descriptor stands for."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 def _available(fd: int) -> int:
     """How many bytes can be read from a pipe now."""
     return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
@@ -52,23 +58,46 @@ class Capture:
         self._stream = stream
         self._lock = threading.Lock()
         self._sources: dict[int, int] = {}  # descriptor to read: flag of its frames
+        self._writers: dict[int, tuple[int, tuple[int, int]]] = {}  # 1 and 2: another descriptor of its pipe, and which
         for (fd, flag), ends in zip(((1, 0), (2, wire.STDERR)), pipes or (None, None), strict=True):
             read_end, write_end = ends or os.pipe()
             os.dup2(write_end, fd, inheritable=True)
-            os.close(write_end)
+            self._writers[fd] = out_of_the_way(write_end), _identity(fd)
             read_end = out_of_the_way(read_end)
             os.set_blocking(read_end, False)
             self._sources[read_end] = flag
-        # New objects on the new descriptors: what the old ones had buffered is not ours to print.
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
-        self._ours = sys.stdout, sys.stderr
+        self._open()
         self._poll = select.poll()
         for fd in self._sources:
             self._poll.register(fd, select.POLLIN)
         self._thread = threading.Thread(target=self._pump, name="flowfn-logs", daemon=True)
         self._thread.start()
+
+    def _open(self) -> None:
+        """New objects on the descriptors: what the old ones had buffered is not ours to print."""
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
+        self._ours = sys.stdout, sys.stderr
+
+    def begin(self, call: int) -> None:
+        """Output belongs to this call from now on. What an earlier one did to the streams is undone."""
+        self.call = call
+        for fd, (writer, pipe) in self._writers.items():
+            try:
+                if _identity(fd) == pipe:
+                    continue
+            except OSError:
+                pass
+            try:
+                os.dup2(writer, fd, inheritable=True)
+            except OSError:
+                pass  # it closed that one as well
+        out, err = self._ours
+        if out.closed or err.closed:
+            self._open()
+        elif sys.stdout is not out or sys.stderr is not err:
+            sys.stdout, sys.stderr = out, err
 
     def _pump(self) -> None:
         poll = select.poll()
@@ -109,9 +138,9 @@ class Capture:
 
     def forget(self) -> None:
         """In a forked child: what is written is for the parent to read."""
-        for fd in self._sources:
+        for fd in (*self._sources, *(writer for writer, _ in self._writers.values())):
             os.close(fd)
-        self._sources = {}
+        self._sources, self._writers = {}, {}
         self._poll = select.poll()
         self._lock = threading.Lock()
 

@@ -205,7 +205,8 @@ class Worker:
         return value, references
 
     def _call(self, frame: wire.Frame) -> None:
-        call = self.capture.call = frame.call
+        call = frame.call
+        self.capture.begin(call)
         references: list[Any] = []
         started = time.perf_counter()
         try:
@@ -324,7 +325,7 @@ class Batch:
             function, shared = _raiser(error), {}
         clock = time.perf_counter
         star = self.star
-        capture.call = self.call
+        capture.begin(self.call)
         for index in range(len(inputs)):
             item = inputs[index]
             inputs[index] = None
