@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flowfn.backends.base import Backend as Backend
     from flowfn.client import Flow as Flow
     from flowfn.client import invoke as invoke
+    from flowfn.client import invoke_async as invoke_async
     from flowfn.client import run as run
     from flowfn.executor import Executor as Executor
     from flowfn.function import Function as Function
@@ -87,7 +88,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "flowfn.backends.base": ["Backend"],
-    "flowfn.client": ["Flow", "invoke", "run"],
+    "flowfn.client": ["Flow", "invoke", "invoke_async", "run"],
     "flowfn.executor": ["Executor"],
     "flowfn.function": ["Function", "function"],
     "flowfn.future": ["Future"],
