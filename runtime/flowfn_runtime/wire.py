@@ -173,6 +173,9 @@ class Stream:
                 while size:
                     try:
                         size -= os.splice(pipe, self.write_fd, size)
+                    except BlockingIOError:
+                        # The pipe that is read doesn't block, and for splice that counts for the other one as well.
+                        _wait_for_room(self.write_fd)
                     except (AttributeError, OSError) as error:
                         if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.EINVAL, errno.EPERM):
                             raise
@@ -293,6 +296,15 @@ class Stream:
         self.close()
         self._lock = threading.Lock()
         self.arena = self.mapped = None
+
+
+def _wait_for_room(fd: int) -> None:
+    """Return when something can be written to the descriptor."""
+    import select
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    poll.poll()
 
 
 def versions() -> dict[str, Any]:
