@@ -135,13 +135,21 @@ class _Unwanted(BackendUnavailable):
 class _Start:
     """One worker that is to start: the connection while there is one, and what to raise if nothing comes of it."""
 
-    def __init__(self, backend: SlurmBackend, spec: FunctionSpec, name: str, argv: list[str]) -> None:
+    def __init__(self, backend: SlurmBackend, spec: FunctionSpec, options: list[str], program: list[str]) -> None:
         self.backend = backend
         self.spec = spec
-        self.name = name
-        self.argv = argv
+        self.options = options
+        self.name = backend.queue.new_name()
+        # Without --unbuffered Slurm passes on whole lines only.
+        always = [f"--job-name={self.name}", "--nodes=1", "--ntasks=1", "--mpi=none", "--unbuffered"]
+        self.argv = ["srun", *always, *options, *program]
         self.connection: SlurmConnection | None = None
         self.again = False
+
+    @property
+    def asked(self) -> str:
+        """The options of the job, for messages."""
+        return " ".join(self.options)
 
     def __call__(self, launch: shipping.Launch) -> SlurmConnection:
         kind = functools.partial(SlurmConnection, backend=self.backend, start=self)
@@ -159,11 +167,9 @@ class _Start:
             # A call may have come meanwhile.
             self.again = isinstance(connection.failure, _Unwanted) and pool.wanted(self.backend, self.spec)
             return connection.failure
-        asked = " ".join(word for word in self.argv[1:] if word.startswith("-") and not word.startswith("--job-name"))
-        asked = asked.partition(" -c ")[0]
         words = slurm_queue.end_of(said)
         if words is None:
-            return slurm_queue.meaning(said, asked, self.backend.there())
+            return slurm_queue.meaning(said, self.asked, self.backend.there())
         self.again = connection.node != "" and words not in (slurm_queue.OOM,)
         what = f"Slurm job {connection.job}" if connection.job else "its Slurm job"
         return BackendUnavailable(f"a worker did not start: {what} {words}\n{said.strip()}")
@@ -200,10 +206,7 @@ class SlurmBackend(Backend):
         launch = shipping.launch(spec, enforce=("cpu", "memory"), environ=environ, image=image)
         program = ["/bin/sh", "-c", _SAY, "sh", *loader.program(self.options.python, cache=self.options.cache)]
         for attempt in range(1, ATTEMPTS + 1):
-            name = self.queue.new_name()
-            # Without --unbuffered Slurm passes on whole lines only.
-            argv = ["srun", f"--job-name={name}", "--nodes=1", "--ntasks=1", "--mpi=none", "--unbuffered"]
-            start = _Start(self, spec, name, argv + need.arguments() + self.options.arguments() + program)
+            start = _Start(self, spec, need.arguments() + self.options.arguments(), program)
             try:
                 connection = start(launch)
             except BackendUnavailable:
@@ -321,7 +324,7 @@ class SlurmBackend(Backend):
                 terminal.show_output("slurm", 0, connection.label, text.encode(), True)
         if slurm_queue.hopeless(job.reason):
             connection.failure = ResourceUnavailable(
-                f"Slurm job {job.number} would wait for ever: {job.reason}",
+                f"Slurm job {job.number} (asked for {connection.start.asked}) would wait for ever: {job.reason}",
                 hint=f"the cluster has: {self.there()}",
             )
         elif waited > UNWANTED_S and not pool.wanted(self, connection.start.spec):

@@ -16,6 +16,9 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import flowfn as flow
 
 PROGRAMS = ("slurmctld", "slurmd", "srun", "squeue", "sinfo", "scancel", "scontrol", "sbatch")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm"
@@ -110,6 +113,10 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
         self._wait_until_up()
         return self
 
+    def options(self, **more: Any) -> flow.Slurm:
+        """Of workers here, whose files go with the cluster's."""
+        return flow.Slurm(**{"workers": 3, "cache": f"{self.root}/cache", "home": f"{self.root}/home", **more})
+
     def start_node(self, name: str) -> None:
         """Start the daemon of a node."""
         self._spawn("slurmd", "-D", "-N", name, label=name)
@@ -175,6 +182,12 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
                 if marker in environ and conf in environ:
                     found.append(int(entry.name))
         return found
+
+    def workers(self, name: str) -> list[int]:
+        """The processes on a node that execute calls: children of the runtime's host, and leaders of a session."""
+        steps = set(self._steps(name))
+        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in steps}
+        return [pid for pid in steps if parents[pid] in steps and os.getsid(pid) == pid]
 
     def stop(self) -> None:
         self.run("scancel", "-Q", "--user", str(os.getuid()), "--signal=KILL", check=False)
