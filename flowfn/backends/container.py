@@ -56,6 +56,7 @@ class ContainerConnection(stream.StreamConnection):
         self.name = f"flowfn-{uuid.uuid4().hex[:12]}"
         self._kill_lock = threading.Lock()
         self._killed = False
+        self._killer: threading.Thread | None = None
         run = [*engine.command, "run", "--name", self.name, *argv]
         super().__init__(run, pass_fds=pass_fds, **{**options, "label": f"container {self.name}"})
 
@@ -71,7 +72,14 @@ class ContainerConnection(stream.StreamConnection):
             if self._killed or self._ended.is_set():
                 return
             self._killed = True
-        threading.Thread(target=self._end, name="flowfn-kill").start()
+            self._killer = threading.Thread(target=self._end, name="flowfn-kill")
+            self._killer.start()
+
+    def exit(self, timeout: float) -> Exit:
+        how = super().exit(timeout)
+        if self._killer is not None and self._killer is not threading.current_thread():
+            self._killer.join(timeout)
+        return how
 
     def _end(self) -> None:
         try:
