@@ -189,23 +189,27 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = super().find_class(module, name)
         if module == "cloudpickle.cloudpickle" and _noted.keep_classes:
+            # What is returned here goes into the memo, where Python 3.10 finds no cycles: it must not refer to `self`,
+            # or all that was unpickled would stay for ever.
+            kept = self._kept
             if name.startswith("_make_skeleton_"):
-                return self._find_or(found)
+                return _find_or(found, kept)
             if name == "_class_setstate":
-                return lambda made, state: made if id(made) in self._kept else found(made, state)
+                return lambda made, state: made if id(made) in kept else found(made, state)
         return found
 
-    def _find_or(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        from cloudpickle import cloudpickle
 
-        def find_or_make(*args: Any) -> Any:
-            known = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[-2])  # cloudpickle's id of the class
-            if known is None:
-                return make(*args)
-            self._kept.add(id(known))
-            return known
+def _find_or(make: Callable[..., Any], kept: set[int]) -> Callable[..., Any]:
+    from cloudpickle import cloudpickle
 
-        return find_or_make
+    def find_or_make(*args: Any) -> Any:
+        known = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(args[-2])  # cloudpickle's id of the class
+        if known is None:
+            return make(*args)
+        kept.add(id(known))
+        return known
+
+    return find_or_make
 
 
 # What pickle would copy

@@ -72,7 +72,7 @@ def test_a_module_of_the_working_directory_stands_in_for_none_of_ours(tmp_path: 
         print(f.options(env={"PYTHONHASHSEED": "1"}).remote())  # which takes a host of its own
     """
     ran = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code],
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", code],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -64,7 +64,7 @@ def test_map_raises_and_times_out(meeting: Meeting) -> None:
         with pytest.raises(ValueError):
             next(results)
         late = executor.map(f, [9], timeout=0.05)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(concurrent.futures.TimeoutError):
             next(late)
         meeting.next().let_go()
     with pytest.raises(ValueError), flow.Executor(1) as executor:

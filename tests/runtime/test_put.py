@@ -83,7 +83,7 @@ def test_workers_on_one_host_share_the_memory() -> None:
     function = flow.function(max_workers=2)(private_kib)
     before = max(private for _, private in function.map([np.ones(1)] * 20))
     for total, private in function.map([reference] * 20):
-        assert total == 40_000_000 and private - before < 20_000
+        assert total == 40_000_000 and private - before < 30_000  # and not the 39,063 KiB of it
 
 
 def test_it_is_freed_when_nobody_has_it() -> None:
