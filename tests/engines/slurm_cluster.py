@@ -223,6 +223,9 @@ def _free_ports(count: int) -> list[int]:
 
 
 def main() -> None:
+    if (missing := why_not()) is not None:
+        print(missing, flush=True)
+        sys.exit(1)
     cluster = SlurmCluster()
     try:
         cluster.start()
