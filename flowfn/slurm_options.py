@@ -47,25 +47,17 @@ class Slurm:
     extra: Sequence[str] = ()  # further options for srun, such as ["--exclusive"] or "--exclude=node7"
     workers: int = WORKERS  # jobs of one function at a time, unless it says max_workers=
     wait: str | float | None = None  # how long a job may be queued before the call fails; None: as long as it takes
-    allocation: int | str | None = None  # number of a job to run in, or "here": the one that this process runs in
     python: str | None = None  # interpreter on the nodes; None: this one if it is there, else one of its version
     cache: str | None = None  # directory on the nodes in place of ~/.cache/flowfn
     home: str | None = None  # directory on the nodes in place of ~/.flowfn
 
     def __post_init__(self) -> None:
-        for option in ("partition", "account", "qos", "constraint", "reservation", "python", "cache", "home"):
+        for option in (*_PLAIN, "python", "cache", "home"):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, str) or not value.strip() or value.startswith("-")):
                 raise ValidationError(f"{option}={value!r} is not accepted; accepted: a name")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
             raise ValidationError(f"workers={self.workers!r} is not accepted; accepted: a whole number, 1 or more")
-        job = self.allocation
-        if job is not None and job != "here" and (isinstance(job, bool) or not re.fullmatch(r"\d+", str(job))):
-            raise ValidationError(f'allocation={job!r} is not accepted; accepted: the number of a job, or "here"')
-        if job is not None and (queued := [name for name in _QUEUED if getattr(self, name) is not None]):
-            raise ValidationError(
-                f"{queued[0]}= and allocation=: a job that is there has its own", hint=f"leave {queued[0]}= out"
-            )
         object.__setattr__(self, "extra", parse_extra(self.extra))
         job_time(self.time)
         parse_timeout(self.wait, option="wait")
@@ -83,13 +75,13 @@ class Slurm:
 
     def arguments(self) -> list[str]:
         """These options as srun takes them."""
-        said = [f"--{name}={value}" for name in _QUEUED[:-1] if (value := getattr(self, name)) is not None]
+        said = [f"--{name}={value}" for name in _PLAIN if (value := getattr(self, name)) is not None]
         if (limit := job_time(self.time)) is not None:
             said.append(f"--time={limit}")
         return [*said, *self.extra]
 
 
-_QUEUED = ("partition", "account", "qos", "constraint", "reservation", "time")
+_PLAIN = ("partition", "account", "qos", "constraint", "reservation")
 
 
 def parse_extra(extra: Any) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -521,3 +522,14 @@ def test_one_look_at_the_queue_serves_all_who_ask(cluster: SlurmCluster, tmp_pat
         for thread in threads:
             thread.join()
     assert 1 <= (tmp_path / "calls").read_text().count("\n") <= 3
+
+
+def test_the_documentation_runs_as_it_stands(cluster: SlurmCluster, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
+    blocks = re.findall(r"```python no-run\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "page").mkdir()
+    program = tmp_path / "page" / "page.py"
+    program.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["10.0", "[10.0, 5.0, 3.3333333333333335]", "2.0", ""]
