@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flowfn.worker import Worker
 
 MAX_LOSSES = 3  # a call that lost so many workers to kills from outside is given up
+MAX_MISSES = 10  # and so is one that found so many workers dead before they had it
 LOG_KEEP_BYTES = 1 << 19  # kept of each call's output: this much of the beginning and of the end
 TYPE_ERRORS = (EOFError, ProtocolError)
 
@@ -100,8 +101,8 @@ class Outcome:
 class Call:
     """One invocation: what is sent, and what is known of it here."""
 
-    __slots__ = ("attempt", "cancelled", "id", "logs", "losses", "name", "number", "payload", "retries", "shared",
-                 "status", "ticket", "timed_out", "timeout", "version", "worker")  # fmt: skip
+    __slots__ = ("attempt", "cancelled", "id", "logs", "losses", "misses", "name", "number", "payload", "retries",
+                 "shared", "status", "ticket", "timed_out", "timeout", "version", "worker")  # fmt: skip
 
     def __init__(self, spec: FunctionSpec, name: str, version: Version, payload: Payload) -> None:
         self.number = next(_numbers) & 0xFFFFFFFF
@@ -114,6 +115,7 @@ class Call:
         self.shared: Shared[Any] | None = None
         self.attempt = 0
         self.losses = 0
+        self.misses = 0
         self.cancelled = False
         self.timed_out = False
         self.worker: Worker | None = None
@@ -304,9 +306,10 @@ def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Ou
         return Outcome(error=timeout, own=True)
     if worker.leaving:
         return Outcome(error=CallCancelled(f"flowfn was shut down while {call.name} ran"))
+    if not started and not isinstance(lost, OutOfMemory):  # it was gone before it had the call
+        call.misses += 1
+        return None if call.misses < MAX_MISSES else Outcome(error=lost)
     call.losses += 1
-    if not started and not isinstance(lost, OutOfMemory):
-        by_itself = False  # what ended it can't have been this call
     if by_itself or call.losses >= MAX_LOSSES:
         return Outcome(error=lost_for_good(lost, call.name, call.losses, by_itself), own=by_itself)
     return None
@@ -414,7 +417,10 @@ class RemoteStream:
         self._worker = None
 
     def __del__(self) -> None:
-        if getattr(self, "_worker", None) is not None:
+        worker = getattr(self, "_worker", None)
+        if worker is not None and worker.leaving:  # it was ended already
+            worker.close()
+        elif worker is not None:
             try:
                 threads.start(self.close)  # not here: this may be the garbage collector, in any thread
             except BackendError:

@@ -278,7 +278,7 @@ class Courier:
         with run.lock:
             self.watched += 1
         lost, by_itself = worker.lost(error)
-        by_itself = by_itself and (begun or isinstance(lost, OutOfMemory))
+        begun = begun or isinstance(lost, OutOfMemory)
         for stderr, text in enumerate(worker.last_words):
             if text and self.chunks:
                 terminal.show_output(run.name, self.chunks[0].number, worker.label, text.encode(), bool(stderr))
@@ -292,8 +292,16 @@ class Courier:
                 chunks = []
             for chunk in chunks[1:]:  # not begun
                 run.requeue(chunk)
-            if chunks:
+            if chunks and (begun or worker.leaving):
+                run.misses = 0
                 self.blame(chunks[0], lost, by_itself, timed_out, worker)
+            elif chunks:
+                run.misses += 1
+                if run.misses < calls.MAX_MISSES * run.workers:
+                    run.requeue(chunks[0])
+                else:
+                    for index in range(chunks[0].first, chunks[0].first + len(chunks[0].values)):
+                        run.fail(index, calls.Outcome(error=lost))
         run.pool.discard(worker)
 
     def blame(self, chunk: Chunk, lost: Any, by_itself: bool, timed_out: bool, worker: Worker) -> None:

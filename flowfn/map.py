@@ -92,6 +92,7 @@ class Run:
         self.consumer_waits = False
         self.active: dict[Worker, deque[Chunk]] = {}
         self.bytes_seen = self.items_seen = 0
+        self.misses = 0  # how often in a row a worker was gone before it had its items
         self.progress = terminal.Progress(name, total)
         threads.start(self.pull)
 

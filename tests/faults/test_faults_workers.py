@@ -223,15 +223,15 @@ def test_a_worker_that_ends_itself_is_a_worker_lost_that_says_how(
         HEAD
         + f"""
 def deep_c():
-    # Overflows the stack of C, whatever limit Python has for its own.
-    import resource
-    callback = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: deep())
-    sys.setrecursionlimit(10**6)
-    def deep():
-        buffer = ctypes.create_string_buffer(1 << 16)
-        return callback()
-    libc = ctypes.CDLL(None)
-    libc.memset(ctypes.c_void_p(0), 0, 1) if deep() else None
+    # Overflows the stack of C long before Python's own limit is reached.
+    import threading
+    nested = []
+    for _ in range(900):
+        nested = [nested]
+    threading.stack_size(1 << 15)
+    thread = threading.Thread(target=repr, args=(nested,))
+    thread.start()
+    thread.join()
 
 @flow.function(max_workers=1)
 def end(x=0):
