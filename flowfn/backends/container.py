@@ -57,7 +57,7 @@ class ContainerConnection(stream.StreamConnection):
         self._kill_lock = threading.Lock()
         self._killed = False
         self._killer: threading.Thread | None = None
-        run = [*engine.command, "run", "--name", self.name, *argv]
+        run = [*engine.command, "run", f"--name={self.name}", f"--hostname={self.name}", *argv]
         super().__init__(run, pass_fds=pass_fds, **{**options, "label": f"container {self.name}"})
 
     def heard(self, line: bytes) -> bool:

@@ -20,7 +20,7 @@ INSTALL = "install Podman (apt-get install podman) or Docker (https://docs.docke
 
 _DOWN = re.compile(
     r"cannot connect to the docker daemon|is the docker daemon running|error during connect"
-    r"|cannot connect to podman|unable to connect to podman|connect: (connection refused|no such file)",
+    r"|cannot connect to podman|unable to connect to podman",
     re.I,
 )
 _DENIED = re.compile(r"permission denied while trying to connect|dial unix .*permission denied", re.I)

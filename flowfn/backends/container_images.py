@@ -69,11 +69,12 @@ class Images:
                 )
         return reference
 
-    def _there(self, reference: str) -> bool:
-        status, _, said = self._engine.ask("image", "inspect", "--format", "{{.Id}}", reference)
+    def _there(self, reference: str) -> str:
+        """The id of an image, empty if it is not there."""
+        status, out, said = self._engine.ask("image", "inspect", "--format", "{{.Id}}", reference)
         if status and (error := self._engine.meaning(said)):
             raise error
-        return status == 0
+        return "" if status else out.strip()
 
     def _made(self, image: Image, default: str) -> str:
         image.check_python()
@@ -88,9 +89,12 @@ class Images:
             return self._have(default)
         if not image.steps:
             return image.source if image.kind == "registry" else self._have(default)
-        text = image.containerfile(None if image.kind == "registry" else self._have(default))
+        base = image.source if image.kind == "registry" else self._have(default)
+        text = image.containerfile(base)
         files = image.context()
-        digest = hashlib.sha256(json.dumps([text, sorted(files.items())]).encode()).hexdigest()[:32]
+        # Of the base itself, not only its name: a tag may mean another image by now.
+        made_of = [text, sorted(files.items()), self._there(base)]
+        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
         if self._there(f"{REPOSITORY}:{digest}"):
             return f"{REPOSITORY}:{digest}"
         with tempfile.TemporaryDirectory(prefix="flowfn-image-") as folder:

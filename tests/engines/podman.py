@@ -67,7 +67,8 @@ def why_not() -> str | None:
 def run(*words: str, check: bool = True, **options: Any) -> str:
     """What podman prints."""
     done = subprocess.run(["podman", *OPTIONS, *words], stdout=subprocess.PIPE, text=True, check=check, **options)
-    return done.stdout
+    out: str = done.stdout
+    return out
 
 
 def containers() -> set[str]:
@@ -106,6 +107,8 @@ def ready() -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if subprocess.run(["podman", *OPTIONS, "image", "exists", BASE]).returncode:
             _make()
+        for which in (["--filter=label=flowfn.image", "--all"], []):  # what earlier runs built and left
+            run("image", "prune", "--force", "--filter=until=48h", *which)
     return BASE
 
 
