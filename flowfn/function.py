@@ -187,6 +187,8 @@ class Function(Generic[P, R]):
         pool = self._pool
         if isinstance(self.spec.secrets, tuple) and self.spec.secrets:
             pool = None  # which one it is depends on their values
+        if pool is not None and pool.backend.ships_project and pool.code != pools.code_of(pool.backend):
+            pool = None  # files were edited, or modules imported that its workers don't have
         if pool is None or self._generation != pools.current or pool.closed:
             pool = self._pool = pools.pool_for(self.spec)
             self._generation = pools.current
@@ -319,18 +321,18 @@ def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:
     """Run the call in a helper thread of its pool, for the future."""
     from flowfn.call import Outcome, Pause, execute
 
-    def job() -> None:
+    def job() -> Callable[[], object] | None:
         if not future._start():
-            return
+            return None
         try:
             outcome = execute(call, pool, sleep=False)
         except BaseException as error:
             outcome = Outcome(error=error)
         if isinstance(outcome, Pause):
             clock.later(outcome.seconds, again)
-            return
+            return None
         del call.payload  # the future may be kept for long, and need not keep the arguments
-        future._finish(outcome)
+        return lambda: future._finish(outcome)
 
     def again() -> None:
         try:

@@ -76,13 +76,16 @@ class Pool:
         usual = IDLE_TIMEOUT_GPU_S if spec.gpu else IDLE_TIMEOUT_S
         self.idle_timeout = usual if spec.idle_timeout is None else spec.idle_timeout
         self.closed = False
+        self.code = 0  # the state of the project that its workers have
         self._lock = threading.Lock()
         self._idle: list[Worker] = []  # the last is the one used last
         self._alive: set[Worker] = set()
         self._starting = 0
         self._tickets: deque[Ticket] = deque()
         self._timer: Timer | None = None
-        self._jobs: deque[Callable[[], object]] = deque()  # what the helper threads do, see `run_later`
+        self._jobs: deque[Callable[[], Callable[[], object] | None]] = (
+            deque()
+        )  # what the helper threads do, see `run_later`
         self._jobs_ready = threading.Condition(self._lock)
         self._helpers = 0
         self._helpers_idle = 0
@@ -187,6 +190,22 @@ class Pool:
     def waited_for(self) -> bool:
         """Whether calls wait for a worker of this pool, or for its GPUs."""
         return bool(self._tickets) or (bool(self.spec.gpu) and _starved(self))
+
+    def run_out(self) -> None:
+        """No more calls will come: idle workers end now, the others when they become idle."""
+        with self._lock:
+            self.idle_timeout = 0.0
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            idle = list(self._idle)
+        for worker in idle:
+            with self._lock:
+                if worker not in self._idle:
+                    continue
+                self._idle.remove(worker)
+                self._alive.discard(worker)
+            worker.close()
 
     def retire(self, worker: Worker) -> None:
         """End a worker if it is idle; returns when it is gone."""
@@ -314,8 +333,11 @@ class Pool:
 
     # threads that wait for workers in place of the caller
 
-    def run_later(self, job: Callable[[], object]) -> None:
-        """Run `job` in a helper thread. There are never more of these than workers; the rest waits in order."""
+    def run_later(self, job: Callable[[], Callable[[], object] | None]) -> None:
+        """Run `job` in a helper thread, and then what it returns, which tells of its end.
+
+        There are never more helpers than workers; the rest waits in order.
+        """
         with self._lock:
             if self.closed:
                 raise CallCancelled("the pool was shut down")
@@ -349,10 +371,13 @@ class Pool:
                         return
                 job = self._jobs.popleft()
                 self._busy += 1
-            job()
+            tell = job()
             del job  # it holds a call's arguments
             with self._lock:
-                self._busy -= 1
+                self._busy -= 1  # before anybody can see that the call is done
+            if tell is not None:
+                tell()
+                del tell
 
 
 _pools: dict[Any, Pool] = {}
@@ -373,11 +398,25 @@ def pool_for(spec: FunctionSpec) -> Pool:
         values = spec.environment(os.environ)  # as they are now: a worker that has others will not do
         spec = spec.replace(secrets={name: values[name] for name in spec.secrets})
     key = (id(backend), spec.shape)
+    code = code_of(backend)
     with _lock:
         pool = _pools.get(key)
-        if pool is None or pool.closed:
+        if pool is None or pool.closed or pool.code != code:
+            if pool is not None and not pool.closed:
+                pool.run_out()
+                _kept[:] = [*(other for other in _kept if not other.closed), pool]
             pool = _pools[key] = Pool(backend, spec)
+            pool.code = code
         return pool
+
+
+def code_of(backend: Backend) -> int:
+    """Which state of the project a new worker would get; 0 where workers see the files themselves."""
+    if not backend.ships_project:
+        return 0
+    from flowfn import userproject
+
+    return userproject.generation()
 
 
 def _rivals(pool: Pool) -> list[Pool]:

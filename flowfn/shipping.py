@@ -41,7 +41,7 @@ class Launch:
             return None
         from flowfn import userproject
 
-        now = _with_project(self.setup, userproject.code(fresh=True))
+        now = _with_project(self.setup, userproject.code())
         return now if now.roots != self.roots else None
 
     def answer(self, stream: wire.Stream, asked: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ project's top; further entries of `sys.path` that are no installation's go along
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import sysconfig
@@ -13,13 +14,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowfn_runtime import paths
+from flowfn_runtime.errors import FlowError
 
 if TYPE_CHECKING:
     from flowfn_runtime.project import Snapshot
 
+LOOK_SHARE = 0.05  # of the time that may go into looking whether files have changed
 MARKS = ("pyproject.toml", "setup.py", "setup.cfg", ".git", ".hg", ".flowignore", "uv.lock", "requirements.txt")
 FRESH_S = 1.0  # how long a snapshot counts as the present state
 
@@ -34,20 +37,61 @@ class Code(NamedTuple):
     cwd: Place | None  # the client's working directory, if it is part of a root
 
 
-_lock = threading.Lock()
-_taken: dict[tuple[str, ...], tuple[float, tuple[Snapshot, ...]]] = {}
+Signature = tuple[Any, ...]  # equal for equal files, as far as their times and sizes tell
+
+_lock = threading.RLock()
+_taken: dict[str, tuple[Signature, Snapshot]] = {}
+_generation = 0
+_looked: tuple[float, Any, Signature | None] = (0.0, None, None)  # until when that counts, of which modules, what
 
 
-def code(*, fresh: bool = False) -> Code:
-    """The project as it is now; `fresh`: and not as it was a second ago.
+def generation() -> int:
+    """A number that changes when the project does: files that are edited, or modules imported from elsewhere.
 
-    Raises ValidationError if it is too large, or a file can't be read.
+    Looks at most once a second, and whenever there are further modules. Cheap enough for every call.
     """
-    entries = [os.path.realpath(entry or os.getcwd()) for entry in sys.path]
-    cwd = os.path.realpath(os.getcwd())
-    roots = find_roots(entries, cwd)
+    global _generation, _looked
+    until, modules, last = _looked
+    if time.monotonic() < until and modules == _imported():
+        return _generation
+    with _lock:
+        started = time.monotonic()
+        try:
+            now: Signature | None = tuple(map(_signature, _roots()[0]))
+        except (FlowError, OSError):
+            now = last  # it will be reported by whoever needs the files
+        if last is not None and now != last:
+            _generation += 1
+        seconds = time.monotonic() - started
+        _looked = started + max(FRESH_S, seconds / LOOK_SHARE), _imported(), now
+        return _generation
+
+
+def _imported() -> tuple[int, str]:
+    """Tells whether modules were imported: how many there are, and the last."""
+    return len(sys.modules), next(reversed(sys.modules))
+
+
+def code() -> Code:
+    """The project as it is now. Raises ValidationError if it is too large, or a file can't be read."""
+    roots, entries, cwd = _roots()
     wanted = [place for entry in entries if os.path.isdir(entry) and (place := _place(entry, roots))]
-    return Code(_snapshots(tuple(roots), 0.0 if fresh else FRESH_S), tuple(dict.fromkeys(wanted)), _place(cwd, roots))
+    return Code(tuple(map(_snapshot, roots)), tuple(dict.fromkeys(wanted)), _place(cwd, roots))
+
+
+def _roots() -> tuple[list[str], list[str], str]:
+    """The directories that go along whole, the real entries of `sys.path`, and the working directory."""
+    try:
+        cwd = os.path.realpath(os.getcwd())
+    except FileNotFoundError:  # it was removed
+        cwd = "/"
+    entries = [_real(entry) if entry else cwd for entry in sys.path]
+    return find_roots(entries, cwd), entries, cwd
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _real(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def find_roots(entries: Iterable[str], cwd: str) -> list[str]:
@@ -59,7 +103,7 @@ def find_roots(entries: Iterable[str], cwd: str) -> list[str]:
         if _is_users(directory):
             _add(top(directory), roots)
     imported = {
-        os.path.realpath(os.path.dirname(file))
+        _real(os.path.dirname(file))
         for module in list(sys.modules.values())
         if (file := getattr(module, "__file__", None)) and isinstance(file, str)
     }
@@ -114,13 +158,23 @@ def _place(path: str, roots: list[str]) -> Place | None:
     return None
 
 
-def _snapshots(roots: tuple[str, ...], fresh_s: float) -> tuple[Snapshot, ...]:
+def _snapshot(root: str) -> Snapshot:
     from flowfn_runtime import project
 
     with _lock:  # many workers that start at once share one look
-        taken = _taken.get(roots)
-        if taken is None or time.monotonic() - taken[0] > fresh_s:
-            exclude = (paths.home(), paths.cache())
-            snapshots = tuple(project.snapshot(root, exclude=exclude) for root in roots)
-            taken = _taken[roots] = (time.monotonic(), snapshots)
+        signature = _signature(root)
+        taken = _taken.get(root)
+        if taken is None or taken[0] != signature:
+            taken = _taken[root] = signature, project.snapshot(root, exclude=_excluded())
         return taken[1]
+
+
+def _signature(root: str) -> Signature:
+    from flowfn_runtime import project
+
+    walked = project._walk(root, set(_excluded()))
+    return tuple(sorted((path, s.st_mtime_ns, s.st_size, s.st_ino, s.st_mode) for path, s, _ in walked))
+
+
+def _excluded() -> tuple[str, str]:
+    return os.path.abspath(paths.home()), os.path.abspath(paths.cache())

@@ -59,6 +59,7 @@ class Backend(ABC):
     """Where workers run. Made once for each way it is configured, and shared by all pools that use it."""
 
     name: str
+    ships_project = False  # workers get a copy of the project's files; when these change, new workers are needed
 
     @abstractmethod
     def connect(self, spec: FunctionSpec) -> Connection:

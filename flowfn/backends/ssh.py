@@ -216,6 +216,7 @@ class SshBackend(Backend):
     """
 
     name = "ssh"
+    ships_project = True
 
     def __init__(
         self,

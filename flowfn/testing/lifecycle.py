@@ -177,7 +177,7 @@ class CleaningUp(Contract):
             import subprocess
             import tempfile
 
-            with open(os.path.join(tempfile.gettempdir(), "flowfn-contract-user-file"), "w"):
+            with open(os.path.join(tempfile.gettempdir(), f"flowfn-contract-user-file-{os.getuid()}"), "w"):
                 pass
             subprocess.Popen(["sleep", "600"])
             connection = meet(str(n))
@@ -208,7 +208,7 @@ class CleaningUp(Contract):
             for directory in (tempfile.gettempdir(), "/dev/shm"):
                 if os.path.isdir(directory):
                     found |= {f"{directory}/{name}" for name in os.listdir(directory) if "flowfn" in name}
-            return found - {os.path.join(tempfile.gettempdir(), "flowfn-contract-user-file")}
+            return {name for name in found if "flowfn-contract-user-file" not in name}
 
         self.shut_down()
         gc.collect()
