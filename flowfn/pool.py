@@ -441,14 +441,15 @@ def _make_room(pool: Pool) -> None:
 
 
 def retire_idle(backend: Backend, spec: FunctionSpec) -> bool:
-    """Where calls wait for a worker of `spec` that can't start: end an idle worker of another pool of the backend.
+    """Where calls wait for a worker of `spec` that can't start: end an idle worker of another pool.
 
+    Of this backend, or of one of its kind: a cluster's queue is the same for all.
     For backends that learn of it while they wait. One that holds GPUs goes first if GPUs are waited for, then the one
     that was idle longest. Whether there was one.
     """
-    everybody = [pool for pool in [*_pools.values(), *_kept] if pool.backend is backend]
-    if not any(pool._starting and pool._tickets for pool in everybody if pool.spec.shape == spec.shape):
+    if not wanted(backend, spec):
         return False
+    everybody = [pool for pool in [*_pools.values(), *_kept] if type(pool.backend) is type(backend)]
     others = [pool for pool in everybody if not pool._starting]
     idle = [
         (bool(spec.gpu) != bool(other.spec.gpu), worker.idle_since, id(worker), worker, other)
