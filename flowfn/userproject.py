@@ -67,6 +67,13 @@ def generation() -> int:
         return _generation
 
 
+def look_again() -> None:
+    """What was seen is out of date: the next call looks anew."""
+    global _looked
+    with _lock:
+        _looked = (0.0, None, _looked[2])
+
+
 def _imported() -> tuple[int, str]:
     """Tells whether modules were imported: how many there are, and the last."""
     return len(sys.modules), next(reversed(sys.modules))

@@ -1,0 +1,265 @@
+"""What travels to a worker elsewhere, with a program on this machine in the part of the other one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import flowfn as flow
+from flowfn import loader, shipping, userproject
+from flowfn.backends import stream
+from flowfn.backends.base import Backend, Connection
+from flowfn.bundle import Bundle, bundle
+from flowfn.spec import FunctionSpec
+from flowfn_runtime import kept
+
+
+class Elsewhere(Backend):
+    """A shell with an environment and a home of its own."""
+
+    name = "elsewhere"
+    ships_project = True
+
+    def __init__(self, home: Path, python: str | None = sys.executable, **environ: str) -> None:
+        self.home = home
+        self.argv = ["env", "-i", f"HOME={home}", f"FLOW_CACHE={home}/cache", f"FLOW_HOME={home}/flow"]
+        self.argv += [f"{name}={value}" for name, value in {"PATH": "/usr/bin:/bin", **environ}.items()]
+        self.python = python
+        self.connections = stream.Connections()
+
+    def connect(self, spec: FunctionSpec) -> Connection:
+        argv = [*self.argv, *loader.program(self.python)]
+        return self.connections.add(stream.start(argv, shipping.launch(spec), label="elsewhere"))
+
+    def slots(self, spec: FunctionSpec) -> int:
+        return 4
+
+    def close(self) -> None:
+        self.connections.close()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Callable[..., Elsewhere]]:
+    made: list[Elsewhere] = []
+
+    def make(**options: Any) -> Elsewhere:
+        home = tmp_path / f"home-{len(made)}"
+        home.mkdir()
+        made.append(Elsewhere(home, **options))
+        return made[-1]
+
+    yield make
+    flow.shutdown()
+    for backend in made:
+        backend.close()
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Writes the module `shipped`, of a project of its own, and imports it anew."""
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.syspath_prepend(str(project))
+
+    def write(source: str) -> ModuleType:
+        (project / "shipped.py").write_text(source)
+        importlib.invalidate_caches()
+        sys.modules.pop("shipped", None)
+        return importlib.import_module("shipped")
+
+    yield write
+    sys.modules.pop("shipped", None)
+
+
+def test_the_runtime_is_kept_by_its_digest(elsewhere: Callable[..., Elsewhere]) -> None:
+    backend = elsewhere()
+    f = flow.function(backend=backend)(lambda: str(__import__("flowfn_runtime").__file__))
+    file = f.remote()
+    assert file.startswith(f"{backend.home}/cache/runtime/{bundle().digest}/")
+    before = os.stat(file).st_ino
+    assert f.options(max_workers=1).remote() == file  # another worker
+    assert os.stat(file).st_ino == before
+
+
+def test_the_bundle_is_named_by_content() -> None:
+    one = Bundle([("a.py", b"1"), ("b.py", b"2")])
+    assert one.digest == Bundle([("a.py", b"1"), ("b.py", b"2")]).digest
+    assert one.pack() == Bundle([("a.py", b"1"), ("b.py", b"2")]).pack()
+    assert one.digest != Bundle([("a.py", b"1b.py"), ("", b"2")]).digest
+
+
+def test_a_runtime_that_arrives_damaged_is_refused(tmp_path: Path) -> None:
+    environ = {"PATH": os.environ["PATH"], "FLOW_CACHE": str(tmp_path)}
+    with subprocess.Popen(
+        loader.program(sys.executable), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
+    ) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline().startswith(loader.MARK.encode())
+        ask = {"digest": "d", "size": 3, "sha256": "0" * 64}
+        process.stdin.write(json.dumps(ask).encode() + b"\nabc")
+        process.stdin.flush()
+        said = json.loads(process.stdout.readline().removeprefix(loader.MARK.encode()))
+    assert "damaged" in said["error"]
+    assert not list((tmp_path / "runtime").glob("*")) if (tmp_path / "runtime").exists() else True
+
+
+def test_many_workers_that_start_at_once(elsewhere: Callable[..., Elsewhere], module: Any) -> None:
+    """All need the runtime and the project, and none is there: each is made once, and nobody waits for ever."""
+    function = module("def f(x):\n    import os\n    return os.getpid()\n").f
+    f = flow.function(backend=elsewhere(), max_workers=4)(function)
+
+    @flow.function(backend=f.spec.backend, max_workers=4)
+    def all_there(place: str) -> int:
+        import os
+        import time
+
+        open(f"{place}/{os.getpid()}", "w").close()
+        while len(os.listdir(place)) < 4:
+            time.sleep(0.01)
+        return os.getpid()
+
+    place = f.spec.backend.home / "place"
+    place.mkdir()
+    futures = [all_there.spawn(str(place)) for _ in range(4)]
+    assert len({future.result(timeout=60) for future in futures}) == 4
+
+
+def test_an_edit_is_seen(elsewhere: Callable[..., Elsewhere], module: Any) -> None:
+    backend = elsewhere()
+    for number in (1, 2, 3):
+        f = flow.function(backend=backend)(module(f"def f():\n    return {number}\n").f)
+        userproject.look_again()  # in place of the second after which it does so anyway
+        assert f.remote() == number
+
+
+def test_an_edit_while_it_is_sent(
+    elsewhere: Callable[..., Elsewhere], module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shipped = module("def f():\n    return 1\n")
+    backend = elsewhere()
+    data = tmp_path / "project" / "data.txt"
+    data.write_text("first")
+    launched = shipping.launch(FunctionSpec())
+    data.write_text("second, and longer")  # between the look at it and the sending
+    connection = stream.start([*backend.argv, *loader.program(sys.executable)], launched, label="elsewhere")
+    backend.connections.add(connection)
+    kept_files = {path.read_text() for path in (backend.home / "cache" / "projects" / "checkouts").rglob("data.txt")}
+    assert kept_files == {"second, and longer"}
+    assert shipped.f() == 1
+
+
+def test_a_project_that_is_too_large_is_refused(
+    elsewhere: Callable[..., Elsewhere], module: Any, tmp_path: Path
+) -> None:
+    function = module("def f():\n    return 1\n").f
+    with (tmp_path / "project" / "huge.bin").open("wb") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(flow.ValidationError, match=r"too large to go along.*huge\.bin"):
+        flow.function(backend=elsewhere())(function).remote()
+
+
+def test_the_first_python_that_fits_is_found(elsewhere: Callable[..., Elsewhere], tmp_path: Path) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    for name, script in {version: "exit 127", "python3": f'exec {sys.executable} "$@"'}.items():
+        (bin / name).write_text(f"#!/bin/sh\n{script}\n")
+        (bin / name).chmod(0o755)
+    f = flow.function(backend=elsewhere(python=None, PATH=str(bin)))(lambda: 5)
+    assert f.remote() == 5
+
+
+def test_a_program_that_is_none(elsewhere: Callable[..., Elsewhere]) -> None:
+    backend = elsewhere(python="/bin/false")
+    with pytest.raises(flow.BackendUnavailable, match="ended with status 1"):
+        flow.function(backend=backend)(lambda: 1).remote()
+
+
+def test_the_last_words_of_a_program_are_told() -> None:
+    with pytest.raises(flow.BackendUnavailable, match="the engine is on fire"):
+        stream.start(["sh", "-c", "echo the engine is on fire >&2; exit 3"], shipping.Launch({}), label="engine")
+
+
+def test_noise_without_end_is_given_up() -> None:
+    with pytest.raises(flow.BackendError, match="is not the worker's"):
+        stream.start(["sh", "-c", "yes"], shipping.Launch({}), label="engine")
+
+
+def test_a_closed_worker_leaves_no_process(elsewhere: Callable[..., Elsewhere]) -> None:
+    backend = elsewhere()
+    connection = backend.connect(FunctionSpec())
+    assert isinstance(connection, stream.StreamConnection)
+    connection.close()
+    assert connection.exit(30) is not None
+    assert connection.process.returncode is not None
+
+
+# what is the user's
+
+
+def test_what_belongs_to_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = tmp_path / "top"
+    (top / "src" / "deep").mkdir(parents=True)
+    (top / "pyproject.toml").touch()
+    assert userproject.top(str(top / "src" / "deep")) == str(top)
+    assert userproject.top(str(tmp_path)) == str(tmp_path)
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    assert userproject.find_roots([str(top / "src")], str(top / "src" / "deep")) == [str(top)]
+    # Installed packages, everybody's directories and unused entries stay here.
+    unused = tmp_path / "unused"
+    unused.mkdir()
+    entries = [*sys.path, str(unused), "/", os.path.expanduser("~")]
+    roots = userproject.find_roots(entries, str(top))
+    assert str(top) in roots
+    assert not any(root in ("/", os.path.expanduser("~"), str(unused)) or "site-packages" in root for root in roots)
+
+
+def test_kept_directories_are_made_once(tmp_path: Path) -> None:
+    made: list[str] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def make(place: str) -> None:
+        made.append(place)
+        begun.set()
+        assert go.wait(30)
+
+    place = str(tmp_path / "kept" / "x")
+    fds: list[int] = []
+    threads = [threading.Thread(target=lambda: fds.append(kept.get(place, make))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert made == [place]
+    assert len(fds) == 4
+    kept.drop_old(str(tmp_path / "kept"), -1)
+    assert os.path.isdir(place)  # in use
+    for fd in fds:
+        os.close(fd)
+    kept.drop_old(str(tmp_path / "kept"), -1)
+    assert not os.path.exists(place)
+
+
+def test_what_was_not_finished_is_made_anew(tmp_path: Path) -> None:
+    place = str(tmp_path / "kept" / "x")
+
+    def fail(place: str) -> None:
+        (Path(place) / "half").touch()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        kept.get(place, fail)
+    os.close(kept.get(place, lambda place: (Path(place) / "whole").touch()))
+    assert {path.name for path in Path(place).iterdir()} == {"whole", kept.READY}
