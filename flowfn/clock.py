@@ -64,6 +64,7 @@ class Clock:
                     action()
                 except Exception:  # all time limits hang on this thread
                     sys.excepthook(*sys.exc_info())
+            del action  # it holds what it acts on
 
 
 clock = Clock()

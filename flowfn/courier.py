@@ -51,6 +51,7 @@ class Courier:
     def __init__(self, run: Run) -> None:
         self.of = run
         self.worker: Worker | None = None
+        self.shared = run.shared
         self.chunks: deque[Chunk] = deque()
         self.timer: Timer | None = None
         self.timed_out = False
@@ -137,7 +138,7 @@ class Courier:
         meta = (b"*" if run.star else b"1") + table
         try:
             worker.tidy()
-            number = worker.function(run.version, run.shared)
+            number = worker.function(run.version, self.shared)
             worker.stream.send(
                 wire.BATCH, call=chunk.number, arg=number, flags=flags, meta=meta, body=body, buffers=buffers
             )

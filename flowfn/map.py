@@ -334,6 +334,7 @@ class Run:
             if self.closed:
                 return
             self.closed = True
+            self.shared = None  # couriers that are under way have it themselves
             self.pending.clear()
             self.singles.clear()
             self.wake_puller.notify_all()
