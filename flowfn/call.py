@@ -317,7 +317,7 @@ def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Ou
 
 def lost_for_good(lost: WorkerLost, name: str, losses: int, by_itself: bool) -> WorkerLost:
     """The error of a call that is given up, which says how often it was tried."""
-    if not by_itself and losses > 1:
+    if not by_itself and 1 < losses <= MAX_LOSSES:  # a stream's count is above: it is tried once
         lost.args = (f"{lost.message}; {name} was tried {losses} times and lost its worker each time",)
     return lost
 

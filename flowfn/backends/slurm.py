@@ -179,6 +179,7 @@ class SlurmBackend(Backend):
     """Workers as jobs of a Slurm cluster. What may be said of them: `flow.Slurm`, or the same names here."""
 
     name = "slurm"
+    ships_project = True
 
     def __init__(self, options: Slurm | None = None, *, url: str | None = None, **more: Any) -> None:
         if url is not None:

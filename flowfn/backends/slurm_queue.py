@@ -19,6 +19,9 @@ from flowfn.slurm_options import SINFO, Node, nodes_of
 from flowfn_runtime.errors import BackendUnavailable, FlowError, ResourceUnavailable
 
 COMMAND_S = 60.0  # a controller that takes longer than this to answer is not there
+SQUEUE_S = 10.0  # the same where the answer is not worth more of a wait
+# What a user may have set for runs of their own, and would come between a worker and its stream.
+_NOT_OURS = ("LABELIO", "STDINMODE", "STDOUTMODE", "STDERRMODE", "MULTI_PROG", "THREADS", "WAIT", "NTASKS", "NPROCS")
 NODES_S = 30.0  # how long what sinfo said is good for
 SQUEUE = "%j|%A|%T|%N|%m|%r"  # name, number, state, nodes, memory, reason; the last may hold anything
 
@@ -61,14 +64,15 @@ def environment() -> dict[str, str]:
 
     Within a job Slurm's commands would take what they find there of that job for options, so that is left out.
     """
-    environ = dict(os.environ)
+    ours = {f"SLURM_{name}" for name in _NOT_OURS}
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
     if "SLURM_JOB_ID" in environ:
         told = ("SLURM_", "SLURMD_", "PMI_", "PMIX_")
         environ = {k: v for k, v in environ.items() if not k.startswith(told) or k == "SLURM_CONF"}
     return environ
 
 
-def run(*argv: str) -> str:
+def run(*argv: str, timeout: float = COMMAND_S) -> str:
     """What one of Slurm's commands prints. Raises BackendUnavailable, or ResourceUnavailable for what it refuses."""
     try:
         done = subprocess.run(
@@ -78,14 +82,14 @@ def run(*argv: str) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=COMMAND_S,
+            timeout=timeout,
             start_new_session=True,  # Ctrl-C is for this process
         )
     except OSError as error:
         raise missing(argv[0], error) from None
     except subprocess.TimeoutExpired:
         raise BackendUnavailable(
-            f"Slurm does not answer: {argv[0]} took longer than {COMMAND_S:g} s",
+            f"Slurm does not answer: {argv[0]} took longer than {timeout:g} s",
             hint="is slurmctld running? scontrol ping",
         ) from None
     if done.returncode:
@@ -255,7 +259,7 @@ class Queue:
             if self._looked < asked:
                 started = time.monotonic()
                 try:
-                    listing = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", SQUEUE)
+                    listing = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", SQUEUE, timeout=SQUEUE_S)
                 except FlowError:
                     return {}
                 found = jobs_of(listing)

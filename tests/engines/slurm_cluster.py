@@ -107,7 +107,7 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
             f"NodeName=n2 Name=gpu Type=h100 File={self.root}/nvidia0\n"
         )
         (self.root / "state").mkdir()
-        self._spawn("slurmctld", "-D")
+        self.start_controller(wait=False)
         for name in ("n1", "n2", "n3"):
             self.start_node(name)
         self._wait_until_up()
@@ -120,6 +120,18 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
     def start_node(self, name: str) -> None:
         """Start the daemon of a node."""
         self._spawn("slurmd", "-D", "-N", name, label=name)
+
+    def start_controller(self, *, wait: bool = True) -> None:
+        """Start the controller, which goes on where a former one ended."""
+        self._spawn("slurmctld", "-D")
+        if wait:
+            self._wait_until_up()
+
+    def kill_controller(self) -> None:
+        """End the controller, as if it had crashed."""
+        controller = self.daemons.pop("slurmctld")
+        controller.kill()
+        controller.wait()
 
     def _spawn(self, program: str, *arguments: str, label: str = "") -> None:
         path = find(program)
@@ -135,7 +147,7 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + START_S
-        while (states := self.states()) != {"n1": "idle", "n2": "idle", "n3": "idle"}:
+        while not set((states := self.states()).values()) <= {"idle", "mixed", "allocated"} or len(states) != 3:
             dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             if dead or time.monotonic() > deadline:
                 logs = "\n".join(path.read_text()[-2000:] for path in self.root.glob("*.log"))

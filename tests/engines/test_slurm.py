@@ -112,6 +112,13 @@ class TestAsking:
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
         assert make(job_number, cluster.options(), max_workers=1).remote() not in ("4711", None)
 
+    def test_whatever_the_user_has_set_for_runs_of_their_own(
+        self, cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in {"LABELIO": "1", "NTASKS": "3", "STDOUTMODE": "none", "NNODES": "2"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        assert make(abs, cluster.options(), max_workers=1).remote(-4) == 4
+
     def test_a_map_is_a_few_jobs(self, cluster: SlurmCluster) -> None:
         jobs = set(make(lambda n: __import__("os").environ["SLURM_JOB_ID"], cluster.options()).map(range(2_000)))
         assert 1 <= len(jobs) <= 3
@@ -389,6 +396,21 @@ class TestLosing:
         cluster.start_node("n3")
         met.let_go()
         assert future.result(timeout=WAIT_S) == met.said
+
+    def test_a_controller_that_dies_takes_no_worker_along(
+        self, cluster: SlurmCluster, waiting: Callable[..., Any], meeting: Meeting
+    ) -> None:
+        function = make(waiting, cluster.options(partition="cpu"), max_workers=1)
+        first, second = function.spawn(), function.spawn()
+        met = meeting.next()
+        cluster.kill_controller()
+        met.let_go()
+        assert first.result(timeout=WAIT_S) == met.said
+        met = meeting.next()
+        met.let_go()
+        assert second.result(timeout=WAIT_S) == met.said
+        cluster.start_controller()
+        assert make(abs, cluster.options(), env={"ANOTHER": "worker"}).remote(-3) == 3
 
     def test_a_node_that_is_drained(self, cluster: SlurmCluster, waiting: Callable[..., Any], meeting: Meeting) -> None:
         """What runs there goes on; what is new goes elsewhere."""
