@@ -189,7 +189,105 @@ SUBMITIT = """
 SINCE = "print(time.monotonic() - started)\n"
 SINCE_START = "print(time.monotonic() - float(os.environ['BENCH_STARTED']))\n"
 
-ENGINES: dict[str, Callable[[Results, int], None]] = {"slurm": slurm}
+
+# SSH: a login for each call by hand, with and without a connection that is shared (ControlMaster).
+
+
+def ssh(results: Results, rounds: int) -> None:
+    """First result, warm call, map of no-op calls, and a payload there and back, against sshd on loopback."""
+    sys.path.insert(0, str(HERE.parent / "tests" / "engines"))
+    import sshd  # type: ignore[import-not-found,unused-ignore]
+
+    if reason := sshd.why_not():
+        raise PeerMissing(reason)
+    server = sshd.Sshd().start()
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-ssh-", dir="/tmp") as place:
+            os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache")
+            os.chdir(place)
+            _ssh(results, rounds, server.url, str(server.config))
+    finally:
+        server.remove()
+
+
+def _ssh(results: Results, rounds: int, url: str, config: str) -> None:
+    import flowfn as flow
+    from flowfn.backends.ssh import SshBackend
+
+    python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    shared = ["-o", "ControlMaster=auto", "-o", "ControlPath=ctl", "-o", "ControlPersist=60"]
+
+    def by_hand(options: list[str], program: str, data: bytes | None = None) -> None:
+        argv = ["ssh", "-F", config, *options, url, f"{python} -c '{program}'"]
+        subprocess.run(argv, input=data, capture_output=True, check=True)
+
+    def add(case: str, peer: str, value: float) -> None:
+        results.add(case, peer, "s", "s", value)
+
+    def peers(case: str, action: Callable[[list[str]], float], ours: Callable[[], float]) -> None:
+        run_case(
+            results,
+            case,
+            rounds,
+            {
+                "flowfn": lambda: add(case, "flowfn", ours()),
+                "ssh": lambda: add(case, "ssh", action([])),
+                "ssh shared": lambda: add(case, "ssh shared", action(shared)),
+            },
+        )
+
+    one = "print(abs(-1))"
+    # A program with one result: the interpreter and the library start here, and a worker there.
+    first = (
+        "import flowfn as flow; from flowfn.backends.ssh import SshBackend\n"
+        f"b = SshBackend({url!r}, config={config!r})\nassert flow.function(backend=b)(abs).remote(-1) == 1"
+    )
+    peers(
+        "ssh first result",
+        lambda options: seconds(lambda: by_hand(options, one)),
+        lambda: wall_s([sys.executable, "-c", first])[0],
+    )
+
+    backend = SshBackend(url, config=config)
+    function = flow.function(backend=backend, max_workers=WORKERS)(magnitude)
+    function.remote(-1)
+    peers(
+        "ssh warm call",
+        lambda options: seconds(lambda: by_hand(options, one)),
+        lambda: seconds(lambda: [function.remote(-1) for _ in range(WARM_CALLS)]) / WARM_CALLS,
+    )
+
+    part = MAP_CALLS // 20
+
+    def several(options: list[str]) -> float:
+        with ThreadPoolExecutor(WORKERS) as threads:
+            work = seconds(lambda: list(threads.map(lambda _: by_hand(options, one), range(part))))
+        return work * MAP_CALLS / part
+
+    peers(f"ssh map of {MAP_CALLS} calls", several, lambda: seconds(lambda: list(function.map(range(MAP_CALLS)))))
+
+    data = os.urandom(1 << 20) * PAYLOAD_MIB
+    same = flow.function(backend=backend)(lambda value: value)
+    same.remote(b"")
+    case = f"ssh {PAYLOAD_MIB} MiB there and back"
+    cat = "import shutil, sys; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer, 1 << 20)"
+    peers(
+        case,
+        lambda options: seconds(lambda: by_hand(options, cat, data)),
+        lambda: seconds(lambda: same.remote(data)),
+    )
+    subprocess.run(["ssh", "-F", config, *shared, "-O", "exit", url], capture_output=True)
+    flow.shutdown()
+    backend.close()
+    for text, peer, of, limit in (
+        ("warm call beside a shared connection, times faster", "ssh shared", "ssh warm call", 20),
+        ("payload beside ssh by hand, times as fast", "ssh shared", case, 0.9),
+    ):
+        ours, theirs = results.get(of, "flowfn", "s"), results.get(of, peer, "s")
+        results.print_target(f"ssh: {text}", theirs / ours if ours and theirs else None, limit, at_least=True)
+
+
+ENGINES: dict[str, Callable[[Results, int], None]] = {"slurm": slurm, "ssh": ssh}
 
 
 def main() -> None:
