@@ -149,7 +149,6 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _gpus,
     _file_limit,
     lambda: _package("s3", "s3fs", "s3:// through s3fs", "s3fs"),
-    lambda: _package("fast transfers", "obstore", "obstore, a faster engine for buckets", "'flowfn[fast]'"),
     lambda: _package("nvml", "pynvml", "nvidia-ml-py, which finds GPUs", "'flowfn[gpu]'"),
     lambda: _program("enter tasks", "nsenter", "nsenter, for flow shell", "apt-get install util-linux"),
     lambda: _program("container", "podman", "podman, for backend='container'", "apt-get install podman"),
