@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from flowfn_runtime.gpus import Claim, Inventory
 
 LABEL = "flowfn.client"  # on every container: the process that it belongs to
+MAKER = "flowfn.backend"  # and the backend in it
 WORKDIR = "/"
 OVERHEAD_BYTES = 64 << 20  # of the engine's limit, beside what the function may use: the runtime, and room for files
 LOOK_S = 2.0  # how often a call that waits for GPUs looks whether it is still wanted
@@ -88,6 +89,7 @@ class ContainerConnection(stream.StreamConnection):
                 return
             if self.process.poll() is None:  # it is just starting, or hangs
                 self.process.kill()
+                self._ended.wait(END_S)
             self.engine.ask("rm", "--force", self.name)
         except FlowError:
             self.process.kill()
@@ -106,6 +108,7 @@ class ContainerBackend(Backend):
     """
 
     name = "container"
+    ships_project = True
 
     def __init__(
         self,
@@ -144,7 +147,10 @@ class ContainerBackend(Backend):
         self._engine_limits = engine_limits
         self._run_options = list(run_options)
         self._connections = stream.Connections()
+        self._id = uuid.uuid4().hex
+        self._used = False
         self._closed = 0  # how often
+        self._lock = threading.Lock()
 
     # the contract
 
@@ -165,16 +171,24 @@ class ContainerBackend(Backend):
             program = loader.program(self._python, cache=paths.cache())
             argv = [*self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
             argv += ["--entrypoint", program[0], image, *program[1:]]
-            kind = functools.partial(ContainerConnection, engine=self.engine, pass_fds=held.fds)
+            kind = functools.partial(self._start, generation, held.fds)
             explain = functools.partial(self._explain, image)
             connection = stream.start(argv, launch, label="container", explain=explain, kind=kind)
         except BaseException:
             held.close()
             raise
         connection.on_end(held.close)
-        if self._closed != generation:
-            connection.kill()
-        return self._connections.add(connection)
+        return connection
+
+    def _start(self, generation: int, fds: Sequence[int], argv: Sequence[str], **options: Any) -> ContainerConnection:
+        """Run the engine, unless the backend was closed meanwhile; `close` knows of it from here on."""
+        with self._lock:
+            if self._closed != generation:
+                raise BackendUnavailable("the backend was closed while a worker was to start")
+            connection = ContainerConnection(argv, engine=self.engine, pass_fds=fds, **options)
+            self._connections.add(connection)
+            self._used = True
+            return connection
 
     def slots(self, spec: FunctionSpec) -> int:
         if spec.gpu:
@@ -196,15 +210,29 @@ class ContainerBackend(Backend):
 
     def close(self) -> None:
         """End all containers; returns when they are gone."""
-        self._closed += 1
+        with self._lock:
+            self._closed += 1
         self._connections.close()
+        if self._used:
+            # The engine removes a container in its own time, after the program that ran it has ended.
+            self._used = False
+            _, there, _ = self.engine.ask("ps", "--all", "--quiet", "--filter", f"label={MAKER}={self._id}")
+            if there:
+                self.engine.ask("rm", "--force", *there.split())
 
     # the command line
 
     def _run_words(self, docker: bool, rootless: bool) -> list[str]:
         # No log driver: what goes over standard output is the worker's stream, and none of a log file's business.
         words = ["--interactive", "--rm", "--log-driver=none", "--no-healthcheck", "--pull=never"]
-        words += ["--label", f"{LABEL}={os.getpid()}", "--security-opt=label=disable", f"--workdir={WORKDIR}"]
+        words += [
+            "--label",
+            f"{LABEL}={os.getpid()}",
+            "--label",
+            f"{MAKER}={self._id}",
+            "--security-opt=label=disable",
+            f"--workdir={WORKDIR}",
+        ]
         if self._network:
             words.append(f"--network={self._network}")
         if self._user is not None:
