@@ -169,9 +169,13 @@ def test_threads_share_an_executor() -> None:
     assert sorted(results) == list(range(40))
 
 
+def die(status: int) -> None:
+    os._exit(status)
+
+
 def test_a_worker_that_dies_breaks_one_call_only() -> None:
     with flow.Executor(1) as executor:
-        lost = executor.submit(os._exit, 3)
+        lost = executor.submit(die, 3)
         assert isinstance(lost.exception(WAIT_S), flow.WorkerLost)
         assert executor.submit(abs, -2).result(WAIT_S) == 2
 
