@@ -34,6 +34,7 @@ CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
 LAST_WORDS_BYTES = 1 << 13  # kept of what a worker printed just before it died
 EXIT_MARK = "flowfn-exit: "
+TIDY_S = 1.5  # how long a staging that nobody waits for any more may take to tidy up
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
 HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a socket's other end may close one half
 
@@ -310,6 +311,7 @@ def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]
         )
 
     started = time.perf_counter()
+    _end_with_client(control)
     try:
         from . import sandbox
         from .data import mounts, spec, store
@@ -335,6 +337,33 @@ def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]
         payload = exceptions.dumps(error)
         _tell(control, {"error": base64.b64encode(b"".join([payload.data, *payload.buffers])).decode()})
         os._exit(1)
+
+
+def _end_with_client(control: socket.socket) -> None:
+    """While data is staged, which can take long: stop when the client is gone.
+
+    A thread waits for that, and interrupts this one, which tidies up. The program that is run in the end has neither.
+    """
+    import threading
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what tidies up is not interrupted again
+        raise SystemExit(1)
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(control, select.POLLRDHUP)
+        try:
+            poll.register(CLIENT_FD, select.POLLIN)
+        except OSError:
+            pass  # no process descriptors here
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(TIDY_S)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    threading.Thread(target=watch, name="flowfn-client", daemon=True).start()
 
 
 def _tell(control: socket.socket, message: dict[str, Any]) -> None:
