@@ -118,6 +118,9 @@ class Host:
         self.lock = threading.RLock()
         self.limit = options.sessions  # on one connection; less if the server turns out to allow less
         self.used = 0  # workers, starting ones included
+        # GPUs of theirs, as far as it can be told from here: they are claimed there, and that is where workers wait.
+        self.taken: set[int] = set()
+        self.waiting: list[tuple[FunctionSpec, set[int]]] = []
         self._lanes: list[_Lane] = []
         self._facts: dict[str, Any] = {}
         self._error: tuple[float, FlowError] | None = None
@@ -178,6 +181,16 @@ class Host:
 
         facts = self.facts()
         return Inventory(tuple(Gpu(**gpu) for gpu in facts["gpus"]), facts["gpu_source"], facts["gpu_reason"])
+
+    def free(self, spec: FunctionSpec) -> set[int] | None:
+        """GPUs that the spec could have there now, if there are enough."""
+        there = self.inventory().gpus
+        for wanted in spec.gpu:
+            fits = [gpu.index for gpu in there if wanted.fits(gpu.model, gpu.memory_bytes)]
+            fits = [index for index in fits if index not in self.taken]
+            if len(fits) >= wanted.count:
+                return set(fits[: wanted.count])
+        return None if spec.gpu else set()
 
     def slots(self, spec: FunctionSpec) -> int:
         """How many workers of the spec fit there. Raises ResourceUnavailable if none, BackendUnavailable."""
@@ -249,26 +262,48 @@ class SshBackend(Backend):
 
     def connect(self, spec: FunctionSpec) -> Connection:
         launch = shipping.launch(spec, environ=self._environ, image=_image(spec))
-        host = self._choose(spec)
+        host, gpus = self._choose(spec)
+        left = functools.partial(self._left, host, gpus)
         try:
             connection = host.connect(launch)
         except BaseException:
-            self._left(host)
+            left()
             raise
-        connection.on_end(functools.partial(self._left, host))
+        connection.on_end(left)
         return self._connections.add(connection)
 
-    def _choose(self, spec: FunctionSpec) -> Host:
-        """The host with the smallest share of its slots in use, one more counted for it."""
+    def _choose(self, spec: FunctionSpec) -> tuple[Host, set[int]]:
+        """The host with the smallest share of its slots in use, one more counted for it; and what it will use."""
         fits = self._fitting(spec)
         with self._lock:
-            host = min(fits, key=lambda host: ((host.used + 1) / fits[host], self.hosts.index(host)))
-            host.used += 1
-            return host
+            free = {host: host.free(spec) for host in fits}
 
-    def _left(self, host: Host) -> None:
+            def load(host: Host) -> tuple[bool, float, int]:
+                return free[host] is None, (host.used + 1) / fits[host], self.hosts.index(host)
+
+            host = min(fits, key=load)
+            gpus = free[host] or set()
+            host.used += 1
+            host.taken |= gpus
+            if free[host] is None:
+                host.waiting.append((spec, gpus))
+            return host, gpus
+
+    def _left(self, host: Host, gpus: set[int]) -> None:
         with self._lock:
             host.used -= 1
+            host.taken -= gpus
+            host.waiting = [entry for entry in host.waiting if entry[1] is not gpus]
+            for entry in list(host.waiting):
+                if got := host.free(entry[0]):
+                    entry[1].update(got)
+                    host.taken |= got
+                    host.waiting.remove(entry)
+
+    def has_room(self, spec: FunctionSpec) -> bool:
+        hosts = self._fitting(spec)
+        with self._lock:
+            return any(host.free(spec) is not None for host in hosts)
 
     def _fitting(self, spec: FunctionSpec) -> dict[Host, int]:
         """The hosts that can run the spec, with their slots. Raises what stands in the way if there is none."""

@@ -94,6 +94,7 @@ class StreamConnection(Connection):
         self._tail = bytearray()
         self._mark: dict[str, Any] | None = None
         self._ended = threading.Event()
+        self._over = False
         self._lock = threading.Lock()
         self._end_calls: list[Callable[[], object]] = []
         self._thread = threading.Thread(target=self._listen, name="flowfn-stderr", daemon=True)
@@ -107,10 +108,18 @@ class StreamConnection(Connection):
     def on_end(self, call: Callable[[], object]) -> None:
         """Have something called when the program here has ended, at once if it has. In any thread."""
         with self._lock:
-            if not self._ended.is_set():
+            if not self._over:
                 self._end_calls.append(call)
                 return
         call()
+
+    def forget(self, call: Callable[[], object]) -> bool:
+        """Have it not called after all. False: it was."""
+        with self._lock:
+            if call in self._end_calls:
+                self._end_calls.remove(call)
+                return True
+            return False
 
     def heard(self, line: bytes) -> bool:
         """A line of the program's standard error, as it comes. True: it is not for messages. Must not block."""
@@ -171,10 +180,11 @@ class StreamConnection(Connection):
         self.process.stderr.close()
         self.process.wait()
         with self._lock:
-            self._ended.set()
+            self._over = True
             calls, self._end_calls = self._end_calls, []
         for call in calls:
             call()
+        self._ended.set()  # whoever waits for the end finds everything in order
 
 
 def start(
@@ -190,12 +200,16 @@ def start(
     """Start a program whose last part is `loader.program()`, and get a worker ready there.
 
     `label` says where it is, for people. `environ` is the program's own environment here. `explain` knows the engine's
-    messages. `kind` makes the connection. `on_end` is called when
-    a program that was started here has ended. Raises BackendUnavailable, VersionMismatch, or what the
-    preparation on the other side raised.
+    messages. `kind` makes the connection. `on_end` is called once, when the program has ended, or could not be started.
+    Raises BackendUnavailable, VersionMismatch, or what the preparation on the other side raised.
     """
     for attempt in range(ATTEMPTS):
-        connection = kind(argv, label=label, environ=environ)
+        try:
+            connection = kind(argv, label=label, environ=environ)
+        except BaseException:
+            if on_end is not None:
+                on_end()
+            raise
         if on_end is not None:
             connection.on_end(on_end)
         try:
@@ -205,9 +219,12 @@ def start(
         except EOFError:
             raise ended(connection, explain) from None
         except BaseException as error:
+            again = isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS - 1
+            newer = launch.newer() if again else None
+            if newer is not None and on_end is not None and not connection.forget(on_end):
+                newer = None
             connection.kill()
             connection.close()
-            newer = launch.newer() if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS - 1 else None
             if newer is None:
                 raise
             launch = newer  # files were edited while they were sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -391,6 +392,39 @@ def test_a_killed_client_leaves_nothing(ssh_servers: Start, tmp_path: Path) -> N
     client.wait()
     wait_until_gone(server)
     assert not list((server.root / "cache" / "keepers").iterdir())
+
+
+def test_a_killed_keeper_takes_the_workers_along(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
+    server = ssh_servers()
+    pid = flow.function(backend=made(server))(lambda: os.getpid())
+    first = pid.remote()
+    workers = login_processes(server)
+    (keeper,) = (path.name.partition("-")[0] for path in (server.root / "cache" / "keepers").iterdir())
+    os.kill(int(keeper), signal.SIGKILL)
+    wait_for_end(workers)
+    assert pid.remote() != first
+
+
+def test_a_full_disk_there(ssh_servers: Start, made: Callable[..., SshBackend], tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("a small filesystem takes root")
+    server = ssh_servers()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "large.bin").write_bytes(os.urandom(4 << 20))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m,mode=777", "tmpfs", server.root / "cache"], check=True)
+    try:
+        program = """
+            import flowfn as flow
+            try:
+                flow.function(lambda: 1).remote()
+            except flow.FlowError as error:
+                print(error)
+            """
+        assert "is full" in run(program, project, **configured(server, tmp_path / "home"))
+    finally:
+        server.stop()
+        subprocess.run(["umount", "--lazy", server.root / "cache"], check=True)
 
 
 def test_the_sessions_end_with_the_backend(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
