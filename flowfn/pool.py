@@ -444,15 +444,15 @@ def retire_idle(backend: Backend, spec: FunctionSpec) -> bool:
     """Where calls wait for a worker of `spec` that can't start: end an idle worker of another pool.
 
     Of this backend, or of one of its kind: a cluster's queue is the same for all.
-    For backends that learn of it while they wait. One that holds GPUs goes first if GPUs are waited for, then the one
-    that was idle longest. Whether there was one.
+    For backends that learn of it while they wait. One that may hold the GPUs that are waited for goes first, then the
+    one that was idle longest. Whether there was one.
     """
     if not wanted(backend, spec):
         return False
     everybody = [pool for pool in [*_pools.values(), *_kept] if type(pool.backend) is type(backend)]
-    others = [pool for pool in everybody if not pool._starting]
+    others = [pool for pool in everybody if not pool._tickets]
     idle = [
-        (bool(spec.gpu) != bool(other.spec.gpu), worker.idle_since, id(worker), worker, other)
+        (not _alike(spec, other.spec), worker.idle_since, id(worker), worker, other)
         for other in others
         for worker in list(other._idle)
     ]
@@ -460,6 +460,14 @@ def retire_idle(backend: Backend, spec: FunctionSpec) -> bool:
         *_, worker, other = min(idle)
         other.retire(worker)
     return bool(idle)
+
+
+def _alike(one: FunctionSpec, other: FunctionSpec) -> bool:
+    """Whether workers of the one may hold what those of the other need: GPUs of the same model, or none."""
+    if not one.gpu or not other.gpu:
+        return not one.gpu and not other.gpu
+    models = {gpu.model for gpu in one.gpu}, {gpu.model for gpu in other.gpu}
+    return None in models[0] | models[1] or bool(models[0] & models[1])
 
 
 def wanted(backend: Backend, spec: FunctionSpec) -> bool:

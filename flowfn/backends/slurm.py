@@ -195,6 +195,7 @@ class SlurmBackend(Backend):
         self._changed = threading.Condition(self._lock)
         self._live: set[SlurmConnection] = set()
         self._watching = False
+        self._news = False  # another job waits since the queue was looked at
         self._closed = 0  # how often
 
     # the contract
@@ -286,6 +287,8 @@ class SlurmBackend(Backend):
     def somebody_waits(self) -> None:
         """A job is in the queue: it is watched from here on, with all others."""
         with self._lock:
+            self._news = True
+            self._changed.notify_all()
             if self._watching:
                 return
             self._watching = True
@@ -298,19 +301,23 @@ class SlurmBackend(Backend):
         pause = LOOK_S[0]
         while True:
             with self._lock:
+                self._news = False
                 waiting = [connection for connection in self._live if connection.waits]
                 if not waiting:
                     self._watching = False
                     return
-            made_room = pool.retire_idle(self, min(waiting, key=lambda one: one.begun).start.spec)
+            waiting.sort(key=lambda one: one.begun)
+            made_room = any(pool.retire_idle(self, connection.start.spec) for connection in waiting)
             jobs = self.queue.jobs()
             for connection in waiting:
                 if connection.waits and (job := jobs.get(connection.name)):
                     self._judge(connection, job)
             with self._lock:
-                if all(connection.waits for connection in waiting):
+                if self._news:
+                    pause = LOOK_S[0]
+                elif all(connection.waits for connection in waiting):
                     self._changed.wait(ROOM_S if made_room else pause)
-            pause = min(pause * 1.5, LOOK_S[1])
+                    pause = min(pause * 1.5, LOOK_S[1])
 
     def _judge(self, connection: SlurmConnection, job: slurm_queue.Job) -> None:
         from flowfn import pool

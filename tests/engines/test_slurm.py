@@ -235,6 +235,15 @@ class TestQueue:
         cluster.run("scancel", "--partition=urgent")
         assert future.result(timeout=WAIT_S) == 5
 
+    def test_one_that_nobody_wants_keeps_none_from_making_room(self, cluster: SlurmCluster) -> None:
+        options = cluster.options(partition="cpu")
+        kept = make(job_number, options, memory="9GiB", env={"SHAPE": "kept"})
+        kept.remote()
+        unwanted = make(job_number, options, memory="9GiB", env={"SHAPE": "unwanted"}).spawn()
+        wait_until(lambda: len(cluster.jobs()) == 2)
+        unwanted.cancel()
+        assert make(job_number, options, memory="9GiB", env={"SHAPE": "wanted"}).remote()
+
     def test_shutting_down_while_one_waits(self, cluster: SlurmCluster, filled: Callable[[str, str], None]) -> None:
         filled("n3", "urgent")
         future = make(abs, cluster.options(partition="cpu"), max_workers=1).spawn(-1)
@@ -411,6 +420,10 @@ class TestLosing:
         assert second.result(timeout=WAIT_S) == met.said
         cluster.start_controller()
         assert make(abs, cluster.options(), env={"ANOTHER": "worker"}).remote(-3) == 3
+        flow.shutdown()
+        # A controller writes down what it knows every few seconds: what ended just before still runs for this one.
+        cluster.run("scancel", "--user", str(os.getuid()))
+        wait_until(lambda: cluster.jobs() == [])
 
     def test_a_node_that_is_drained(self, cluster: SlurmCluster, waiting: Callable[..., Any], meeting: Meeting) -> None:
         """What runs there goes on; what is new goes elsewhere."""
