@@ -87,7 +87,7 @@ def plan(task: TaskConfig, settings: configuration.Config, call: Call | None) ->
         "grace_s": _grace_s(),
         "block_volumes": block,
         "python": sys.executable,
-        "readable": _readable(),
+        "readable": [*_readable(), *(filter(os.path.isdir, _import_path(task)) if call else ())],
         "runtime": os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__))),
     }
 
