@@ -87,7 +87,7 @@ def plan(task: TaskConfig, settings: configuration.Config, call: Call | None) ->
         "grace_s": _grace_s(),
         "block_volumes": block,
         "python": sys.executable,
-        "readable": [*_readable(), *(filter(os.path.isdir, _import_path(task)) if call else ())],
+        "readable": [*_readable(), *(filter(_is_some_project, _import_path(task)) if call else ())],
         "runtime": os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__))),
     }
 
@@ -103,6 +103,11 @@ def _grace_s() -> float:
     if not 0 <= seconds <= 3600:
         raise ValidationError(f"FLOW_GRACE_S={text!r}: seconds are wanted, from 0 to 3600")
     return seconds
+
+
+def _is_some_project(path: str) -> bool:
+    """Whether a directory of modules may be shown to a durable call: not one that is anything but that."""
+    return os.path.isdir(path) and path not in ("/", "/tmp", "/var/tmp", os.path.expanduser("~"))
 
 
 def _readable() -> list[str]:
