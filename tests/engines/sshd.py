@@ -169,8 +169,9 @@ class Sshd:
     def python(self, *packages: str) -> str:
         """An interpreter that the login can run, of the tests' version, with these packages."""
         place = self.root / "venv"
-        command = [sys.executable, "-m", "uv", "venv", "-q", "--python", _base_python(), str(place)]
-        subprocess.run(command, check=True)
+        if not place.exists():  # tests of one class may come in several groups, each with fixtures of its own
+            command = [sys.executable, "-m", "uv", "venv", "-q", "--python", _base_python(), str(place)]
+            subprocess.run(command, check=True)
         install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--link-mode", "copy", "--python"]
         subprocess.run([*install, f"{place}/bin/python", *packages], check=True)
         return f"{place}/bin/python"
