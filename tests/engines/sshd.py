@@ -52,6 +52,9 @@ class Sshd:
         self.root.chmod(0o755)
         self.files = self.root / "files"
         self.hostname = hostname
+        # Tests that run beside this one have networks of their own.
+        beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        subnet += 10 * beside
         self.subnet = subnet
         self.settings = settings
         for directory in (self.files, self.root / "home", self.root / "cache"):
