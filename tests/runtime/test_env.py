@@ -48,16 +48,18 @@ def test_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert flow.function(env={"SHAPE": "cwd"})(os.getcwd).remote() == str(tmp_path)
 
 
+@pytest.mark.skipif(
+    sys.version_info[:3] == (3, 13, 0),
+    reason="this Python, 3.13.0, fails in a directory that is gone at any attribute that a module lacks",
+)
 def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
     code = """
         import os, flowfn as flow
         os.mkdir("gone"); os.chdir("gone"); os.rmdir("../gone")
         print(flow.function(lambda: 5).remote())
     """
-    # Python 3.13.0 fails there by itself, at any attribute that a module lacks, if "" is on its path.
-    flags = ["-P"] if sys.version_info[:3] == (3, 13, 0) else []
     ran = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert ran.stdout == "5\n", ran.stderr
 
