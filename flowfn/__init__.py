@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from flowfn.references import files as files
     from flowfn.references import partitions as partitions
     from flowfn.references import upload as upload
+    from flowfn.retries import Retries as Retries
     from flowfn.shared import Shared as Shared
     from flowfn.shared import put as put
     from flowfn.slurm_options import Slurm as Slurm
-    from flowfn.spec import Retries as Retries
     from flowfn.task import Task as Task
     from flowfn.taskconfig import TaskConfig as TaskConfig
     from flowfn.taskconfig import VolumeSpec as VolumeSpec
@@ -98,7 +98,7 @@ _WHERE = {
     "flowfn.references": ["Dir", "File", "Output", "Partition", "StagedPath", "files", "partitions", "upload"],
     "flowfn.shared": ["Shared", "put"],
     "flowfn.slurm_options": ["Slurm"],
-    "flowfn.spec": ["Retries"],
+    "flowfn.retries": ["Retries"],
     "flowfn.task": ["Task"],
     "flowfn.taskconfig": ["TaskConfig", "VolumeSpec"],
     "flowfn.volumes": ["Volume", "create_volume", "delete_volume", "get_volume", "list_volumes"],

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowfn.shared import Shared
-from flowfn_runtime import bodies, pickling
+from flowfn_runtime import bodies, codes, pickling
 from flowfn_runtime.errors import SerializationError
 from flowfn_runtime.pickling import Payload
 
@@ -77,6 +77,8 @@ class Body:
         return self._version
 
     def _pickle(self) -> Payload:
+        if (simple := codes.dumps(self.function)) is not None:
+            return Payload(simple, [], [])
         try:
             payload = pickling.dumps(self.function)
         except SerializationError as error:
@@ -141,7 +143,7 @@ class Body:
 
     def _visit_function(self, function: types.FunctionType, seen: set[int]) -> None:
         namespace = function.__globals__
-        for name in _names(function.__code__):
+        for name in codes.names(function.__code__):
             found = namespace.get(name, _ABSENT)
             self._bound.append((namespace, name, found))
             if found is not _ABSENT:
@@ -160,14 +162,6 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-
-def _names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _names(constant)
-    return names
 
 
 def importable(value: Any) -> tuple[str, str] | None:

@@ -28,8 +28,9 @@ from flowfn_runtime.pickling import Payload
 if TYPE_CHECKING:
     from flowfn.body import Version
     from flowfn.pool import Pool
+    from flowfn.retries import Retries
     from flowfn.shared import Shared
-    from flowfn.spec import FunctionSpec, Retries
+    from flowfn.spec import FunctionSpec
     from flowfn.worker import Worker
 
 MAX_LOSSES = 3  # a call that lost so many workers to kills from outside is given up

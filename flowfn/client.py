@@ -41,9 +41,7 @@ class Flow:
             raise ConfigError(f"Flow(config=...) takes a flowfn.config.Config, not {type(config).__name__}")
         self.config = config or configuration.load()
         if project is not None:
-            import dataclasses
-
-            self.config = dataclasses.replace(self.config, project=project)
+            self.config = self.config._replace(project=project)
 
     def __enter__(self) -> Flow:
         return self
@@ -163,7 +161,7 @@ class Flow:
     ) -> Task:
         """Like `invoke`, but returns the `Task` at once; its `result()` is the function's value or exception."""
         from .durable import submit_file
-        from .spec import Retries
+        from .retries import Retries
         from .taskconfig import TaskConfig
 
         del max_result_size  # results have no limit

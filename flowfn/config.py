@@ -22,8 +22,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from flowfn_runtime import paths
 from flowfn_runtime.errors import ConfigError
@@ -42,8 +42,7 @@ _TABLES = frozenset({"storage", "backends"})
 _PROJECT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NamedTuple):
     """What the user configured; defaults where nothing was."""
 
     backend: str = "local"  # a built-in backend, a key of `backends`, or a URL such as ssh://user@host
@@ -52,8 +51,8 @@ class Config:
     region: str | None = None  # where volumes and tasks are made unless they say otherwise
     store: str | None = None  # URL for payloads and results too big for the wire; None: under FLOW_HOME
     volumes: str | None = None  # URL prefix that holds the volumes; None: under FLOW_HOME
-    storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # URL prefix -> storage options
-    backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> options, "type" among them
+    storage: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # URL prefix -> storage options
+    backends: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # name -> options, "type" among them
 
     def __repr__(self) -> str:
         # Storage and backend options may hold credentials.

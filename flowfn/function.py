@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import types
 import warnings
@@ -29,6 +28,10 @@ P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
 T = TypeVar("T")
+
+
+# As in `inspect`, whose import would be a quarter of the way from a bare Python to a decorated function.
+_GENERATOR, _COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x200
 
 
 class Function(Generic[P, R]):
@@ -215,6 +218,8 @@ class Function(Generic[P, R]):
         if found := re.match(r"value\[0\]\[(\d+)\](.*)", message, re.DOTALL):
             index, rest = int(found[1]), found[2]
             try:
+                import inspect
+
                 names = list(inspect.signature(self.__flow_wrapped__).parameters)
             except (TypeError, ValueError):
                 names = []
@@ -238,7 +243,7 @@ class Function(Generic[P, R]):
 
         if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise ValidationError(f"window={window!r} is not accepted; accepted: a whole number, 1 or more, or None")
-        if inspect.isgeneratorfunction(self.__flow_wrapped__) or inspect.isasyncgenfunction(self.__flow_wrapped__):
+        if _flags(self.__flow_wrapped__) & (_GENERATOR | _ASYNC_GENERATOR):
             raise TypeError(
                 f"{self.name} is a generator function, which has no single result; call .remote() per input"
             )
@@ -310,11 +315,17 @@ def _here(value: Any) -> Any:
     return value.get() if type(value) is Shared else value
 
 
+def _flags(function: Any) -> int:
+    """What kind of function it is, also one with some arguments given by functools.partial."""
+    code = getattr(getattr(function, "func", function), "__code__", None)
+    return code.co_flags if code is not None else 0
+
+
 def _in_a_cell() -> bool:
     """Whether who calls `remote` is plain code of a notebook, where a loop runs that only waits for the cell."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    return hasattr(shell, "kernel") and not sys._getframe(2).f_code.co_flags & inspect.CO_COROUTINE
+    return hasattr(shell, "kernel") and not sys._getframe(2).f_code.co_flags & _COROUTINE
 
 
 def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:
@@ -368,7 +379,7 @@ def _decorate(function: Any, spec: FunctionSpec) -> Function[Any, Any]:
             f"flow.function decorates functions, and {function!r} is none",
             hint="use it as @flow.function, or @flow.function(gpu=..., ...)",
         )
-    if isinstance(function, types.FunctionType) and inspect.iscoroutinefunction(function):
+    if isinstance(function, types.FunctionType) and _flags(function) & _COROUTINE:
         return AsyncFunction(function, spec)
     return Function(function, spec)
 

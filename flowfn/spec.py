@@ -6,11 +6,8 @@ Every option of `@flow.function` is checked here, when the function is decorated
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +15,7 @@ from flowfn_runtime.errors import ValidationError
 from flowfn_runtime.gpu_request import GpuRequest, parse_gpu
 
 if TYPE_CHECKING:
+    from flowfn.retries import Retries, parse_retries
     from flowfn_runtime.data.spec import Mount, parse_mounts
 
 __all__ = [
@@ -37,11 +35,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Mounts are the runtime's, and only functions that have some pay for importing them.
+    # Only functions that have mounts or retries pay for importing them.
     if name in ("Mount", "parse_mounts"):
         from flowfn_runtime.data import spec
 
         return getattr(spec, name)
+    if name in ("Retries", "parse_retries"):
+        from flowfn import retries
+
+        return getattr(retries, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -105,66 +107,6 @@ def parse_timeout(value: object, *, option: str = "timeout", zero: bool = False)
     return float(seconds)
 
 
-@dataclass(frozen=True)
-class Retries:
-    """When to try a failed call again, and how long to wait before that.
-
-    The n-th retry waits `initial_delay * backoff ** (n - 1)` seconds, at most `max_delay`, of which a random part, up
-    to the fraction `jitter`, is taken off, so that calls that failed together don't come back together. `on` names
-    the exceptions that are worth another try; losing a worker has a budget of its own and does not count here.
-    """
-
-    max_retries: int
-    initial_delay: float = field(default=1.0, kw_only=True)  # seconds
-    backoff: float = field(default=2.0, kw_only=True)
-    max_delay: float = field(default=60.0, kw_only=True)  # seconds
-    jitter: float = field(default=0.5, kw_only=True)  # 0: none, 1: any wait from 0 to the full delay
-    on: tuple[type[BaseException], ...] = field(default=(Exception,), kw_only=True)
-
-    def __post_init__(self) -> None:
-        on: Any = self.on  # one type or a list of them is welcome too
-        object.__setattr__(self, "on", (on,) if isinstance(on, type) else tuple(on) if isinstance(on, list) else on)
-        if isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or self.max_retries < 0:
-            raise _wrong("max_retries", self.max_retries, "a whole number, 0 or more")
-        for name, least, most, accepted in (
-            ("initial_delay", 0, 1e7, "seconds, 0 or more"),
-            ("backoff", 1, 1e6, "a factor, 1 or more"),
-            ("max_delay", 0, 1e7, "seconds, 0 or more"),
-            ("jitter", 0, 1, "a fraction from 0 to 1"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-                raise _wrong(name, value, accepted)
-        if not (isinstance(self.on, tuple) and self.on and all(map(_is_exception_type, self.on))):
-            raise _wrong("on", self.on, "exception types, such as on=(ConnectionError, TimeoutError)")
-
-    def delay(self, attempt: int, seed: object = "") -> float:
-        """Seconds to wait after failure number `attempt` (the first is 1). `seed`, such as the call's id, decides
-        the jitter: the same arguments give the same delay."""
-        if self.initial_delay == 0:
-            return 0.0
-        try:
-            full = min(self.max_delay, self.initial_delay * float(self.backoff) ** max(0, attempt - 1))
-        except OverflowError:
-            full = self.max_delay
-        return full * (1 - self.jitter * zlib.crc32(f"{attempt}:{seed}".encode()) / 2**32)
-
-    def should_retry(self, attempt: int, error: BaseException) -> bool:
-        """Whether failure number `attempt` (the first is 1), with `error`, is to be tried again."""
-        return attempt <= self.max_retries and isinstance(error, self.on)
-
-
-def parse_retries(value: object, *, option: str = "retries") -> Retries | None:
-    """How to retry: a number of retries with the usual delays, or `Retries`. None and 0: not at all."""
-    if value is None or (value == 0 and type(value) is int):
-        return None
-    if isinstance(value, Retries):
-        return value if value.max_retries else None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _wrong(option, value, "a number of retries (0 or more) or flow.Retries(...)")
-    return Retries(value)
-
-
 class Environment(Mapping[str, str]):
     """Environment variables: an immutable mapping that shows no value in its repr, for any may be a credential."""
 
@@ -200,15 +142,12 @@ class Resources(NamedTuple):
     memory_bytes: int | None = None  # of the worker and all it starts; enforced
 
 
-@dataclass(frozen=True)
-class FunctionSpec:
-    """Every option of `@flow.function`, parsed. Made by `from_options`, which checks; the constructor does not."""
-
+class _Options(NamedTuple):  # not a dataclass: importing that is a tenth of the way to a decorated function
     gpu: tuple[GpuRequest, ...] = ()
     cpu: float | None = None
     memory: int | None = None  # bytes
     mounts: tuple[Mount, ...] = ()
-    env: Environment = field(default_factory=Environment)
+    env: Environment = Environment()
     secrets: tuple[str, ...] | Environment = ()  # names to take from the client's environment, or names and values
     timeout: float | None = None  # seconds an attempt
     retries: Retries | None = None
@@ -218,6 +157,10 @@ class FunctionSpec:
     backend: Any = None  # a name or a Backend; None: the configured one
     name: str | None = None
 
+
+class FunctionSpec(_Options):
+    """Every option of `@flow.function`, parsed. Made by `from_options`, which checks; the constructor does not."""
+
     @classmethod
     def from_options(cls, **options: Any) -> FunctionSpec:
         """The spec that `options` (as the user wrote them) mean. Raises ValidationError."""
@@ -225,7 +168,7 @@ class FunctionSpec:
 
     def replace(self, **options: Any) -> FunctionSpec:
         """This spec with some options (as the user wrote them) set anew. Raises ValidationError."""
-        return dataclasses.replace(self, **_parse_options(options))
+        return self._replace(**_parse_options(options))
 
     @property
     def resources(self) -> Resources:
@@ -297,6 +240,14 @@ def _parse_mounts(value: Any) -> tuple[Mount, ...]:
     from flowfn_runtime.data.spec import parse_mounts
 
     return parse_mounts(value)
+
+
+def _parse_retries(value: Any) -> Retries | None:
+    if value is None:
+        return None
+    from flowfn.retries import parse_retries
+
+    return parse_retries(value)
 
 
 def _parse_env(value: Any, option: str = "env") -> Environment:
@@ -380,7 +331,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "env": _parse_env,
     "secrets": _parse_secrets,
     "timeout": parse_timeout,
-    "retries": parse_retries,
+    "retries": _parse_retries,
     "image": _parse_image,
     "max_workers": _parse_max_workers,
     "idle_timeout": lambda value: parse_timeout(value, option="idle_timeout", zero=True),
@@ -397,10 +348,6 @@ def _shown(option: str, value: object) -> str:
     """The value for a message, unless it may hold a credential: an unknown option may be a misspelt `secrets=`."""
     plain = isinstance(value, (int, float, str)) and not any(s in option.lower() for s in ("env", "secret", "token"))
     return repr(value) if plain else f"<{type(value).__name__}>"
-
-
-def _is_exception_type(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 def _hashable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from flowfn_runtime.data.spec import DOCKER, Mount, normalise_target, parse_moun
 from flowfn_runtime.errors import ValidationError
 from flowfn_runtime.gpu_request import describe, parse_gpu
 
-from .spec import Retries, parse_retries
+from .retries import Retries, parse_retries
 
 NAME = r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
 VOLUME_NAME = r"^[a-z0-9][a-z0-9-]*[a-z0-9]$"

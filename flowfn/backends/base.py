@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from flowfn.spec import FunctionSpec
     from flowfn_runtime import wire
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """How a worker's process ended."""
 
     exitcode: int | None = None  # exit status; -n: signal n killed it; None: nobody knows

@@ -163,7 +163,9 @@ class Start:
             self._leases.append(lease)
         self.request["sys_path"] = [os.path.normpath(f"{places[n]}/{path}") for n, path in self.setup["sys_path"]]
         cwd = self.setup.get("cwd") or (0, ".")
-        os.chdir(os.path.normpath(f"{places[cwd[0]]}/{cwd[1]}"))
+        place = os.path.normpath(f"{places[cwd[0]]}/{cwd[1]}")
+        os.makedirs(place, exist_ok=True)  # one without files, or with ignored ones only, did not travel
+        os.chdir(place)
 
     def _fetch(self, digest: str) -> None:
         """Get a snapshot into the store: its manifest, then of its contents what is lacking."""
@@ -199,7 +201,6 @@ class Start:
         self.request["keep"] = list(self.env)
         elsewhere = self.staged is not None or self.python != sys.executable
         if not elsewhere and not any(name.startswith(EARLY) for name in self.env):
-            host.warm_up()
             sys.exit(host.serve_stdio(self.request, stream.read_fd, stream.write_fd))
         runtime = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         boot = (

@@ -36,6 +36,7 @@ LAST_WORDS_BYTES = 1 << 13  # kept of what a worker printed just before it died
 EXIT_MARK = "flowfn-exit: "
 TIDY_S = 1.5  # how long a staging that nobody waits for any more may take to tidy up
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
+WARM_AFTER_S = 0.1  # not at once: a simple function needs none of it, and a short program may be over by then
 HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a socket's other end may close one half
 
 
@@ -269,8 +270,12 @@ def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> N
         private.append(client_fd)
     except OSError:
         pass  # this kernel has no process descriptors: the end of the control socket has to do
+    warm_at: float | None = time.monotonic() + WARM_AFTER_S
     while True:
-        ready = host.wait()
+        ready = host.wait(warm_at)
+        if warm_at is not None and time.monotonic() >= warm_at:
+            warm_up()
+            warm_at = None
         for end in host.ends:
             _tell(control, end)
         host.ends.clear()
@@ -390,7 +395,8 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) ->
     """Run one worker on standard input and output, or on the two descriptors.
 
     The exit status is the worker's (128 + n for signal n). `request` may hold `sys_path`, entries to put before this
-    Python's own, and `alive_fd`, the reading end of a FIFO: when nobody has its other end any more the worker ends.
+    Python's own; `alive_fd`, the reading end of a FIFO: when nobody has its other end any more the worker ends; and
+    `side_fd`, a socket for shared memory, where the client is on this machine.
     """
     sys.path[:0] = request.get("sys_path", ())
     if read_fd == 0:
@@ -402,7 +408,10 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) ->
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: asked.append(number))
     alive = request.get("alive_fd")
-    host.fork(request, wire.Stream(read_fd, write_fd), None, [] if alive is None else [alive])
+    side = socket.socket(fileno=request["side_fd"]) if "side_fd" in request else None
+    host.fork(request, wire.Stream(read_fd, write_fd), side, [] if alive is None else [alive])
+    if side is not None:
+        side.close()
     os.close(write_fd)
     host.poll.register(read_fd, HANG_UP)
     if alive is not None:
@@ -419,7 +428,7 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) ->
 
 
 def warm_up() -> None:
-    """Import what every worker needs, before the first is forked."""
+    """Import what most workers need at some time, before more of them are forked."""
     import ctypes
     import gc
 
@@ -434,7 +443,6 @@ def main() -> None:
     """Entry of the program: with an argument, it is the JSON of a request to run one worker on standard input."""
     if hasattr(os, "setsid") and os.getpid() != os.getsid(0):
         os.setsid()
-    warm_up()
     if len(sys.argv) > 1:
         sys.exit(serve_stdio(json.loads(sys.argv[1])))
     serve_control()

@@ -42,7 +42,7 @@ def where():
 
 pid, parent, cwd = where.remote()
 assert pid != os.getpid() and parent != os.getpid(), (pid, parent)
-command = subprocess.run(["ps", "-o", "args=", "-p", str(parent)], capture_output=True, text=True).stdout
+command = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(parent)], capture_output=True, text=True).stdout
 assert "flowfn_runtime" in command, command
 print("ok identity")
 
