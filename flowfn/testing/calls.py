@@ -167,6 +167,30 @@ class Values(Contract):
         assert [part.tolist() for part in parts] == [[value] * 10 for value in range(6)]
         assert all(np.all(array == value) for value, array in enumerate(kept, 6))
 
+    def test_what_the_worker_keeps_is_its_own(self) -> None:
+        """An argument that comes back may go back in the memory it came in, unless the worker still has it."""
+        np = pytest.importorskip("numpy")
+
+        def step(array: Any, keep: bool) -> Any:
+            import sys
+
+            known = sys.__dict__.setdefault("kept_by_the_case", [])
+            for one in known:
+                one += 1
+            if keep:
+                known.append(array)
+            array[0] = len(known)
+            return array, [one[1] for one in known]
+
+        function = self.function(step, max_workers=1)
+        given = np.zeros(100_000)
+        results = [function.remote(given, keep) for keep in (True, False, True, False, False)]
+        for number, ((array, _), count) in enumerate(zip(results, (1, 1, 2, 2, 2), strict=True)):
+            array[2] += number
+            assert array[:3].tolist() == [count, 0, number] and not array[3:].any(), number
+        assert [seen for _, seen in results] == [[0], [1], [2, 0], [3, 1], [4, 2]]
+        assert not given.any()
+
     @pytest.mark.parametrize("kind", ["bytes", "array"])
     def test_64_mib_there_and_back(self, kind: str) -> None:
         import hashlib

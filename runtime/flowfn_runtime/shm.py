@@ -6,7 +6,8 @@ descriptor, however the two processes end. Its descriptor travels once, over a s
 
 The sending side owns its segments (`Arena`); the receiving side maps them (`Mapped`), hands out views, and says which
 segments are free again once the last object made of such a view is gone. So a received array *is* the shared memory,
-with no copy, for as long as it lives.
+with no copy, for as long as it lives. One that is sent back while nothing else refers to it, perhaps changed in place,
+goes back in its segment.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ import mmap
 import os
 import socket
 import struct
+import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .errors import ProtocolError
+
 THRESHOLD_BYTES = 1 << 17  # below this, the stream is as fast
 KEEP_SHARE = 16  # free segments may keep this part of the host's memory; beyond it their pages are given back
 ALIGN = 64
-
-
+PART_BYTES = 1 << 24  # what is larger is copied by several threads, in parts of this size at least
+COPIERS = 4  # at most: a few saturate the memory
 EVERYBODY = 1 << 31  # set in the numbers of segments that many workers map, read-only
 
 
@@ -62,7 +67,7 @@ class Segment:
                     while done < size:
                         done += os.pwrite(self.fd, view[done:], offset + done)
             else:
-                self.map[offset : offset + size] = buffer
+                _copy(self.map, offset, buffer)
             entries.append((size, offset + 1))
             offset = -(-(offset + size) // ALIGN) * ALIGN
         self.fresh = False
@@ -71,6 +76,28 @@ class Segment:
     def send_to(self, side: socket.socket) -> None:
         """Give the other end of the side socket this segment's descriptor."""
         socket.send_fds(side, [struct.pack("<IQ", self.number, self.size)], [self.fd])
+
+
+def _copy(target: mmap.mmap, offset: int, source: Any) -> None:
+    """Copy `source` there: if it is large, and NumPy loaded, in several threads, since NumPy copies without the GIL."""
+    size = len(source)
+    threads = min(COPIERS, os.cpu_count() or 1, size // PART_BYTES)
+    numpy: Any = sys.modules.get("numpy") if threads > 1 else None
+    if numpy is None or not hasattr(numpy, "copyto"):  # it may be half imported
+        target[offset : offset + size] = source
+        return
+    there = numpy.frombuffer(target, dtype=numpy.uint8, count=size, offset=offset)
+    here = numpy.frombuffer(source, dtype=numpy.uint8)
+    step = -(-size // threads)
+    others = [
+        threading.Thread(target=numpy.copyto, args=(there[at : at + step], here[at : at + step]), daemon=True)
+        for at in range(step, size, step)
+    ]
+    for other in others:
+        other.start()
+    numpy.copyto(there[:step], here[:step])
+    for other in others:
+        other.join()
 
 
 def padded_bytes(buffers: Sequence[Any]) -> int:
@@ -86,11 +113,15 @@ class Arena:
         self.threshold = threshold
         self._segments: dict[int, Segment] = {}
         self._free: list[Segment] = []
+        self._returned: deque[int] = deque()  # segments that came back and are free; filled by the garbage collector
+        self._watched: dict[int, weakref.ref[Any]] = {}
         self._next = 1
         self._keep_bytes = max(1 << 28, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // KEEP_SHARE)
 
     def allocate(self, size: int) -> Segment | None:
         """A segment that holds `size` bytes: the smallest free one that fits well, else a new one. None: no memory."""
+        while self._returned:
+            self.free([self._returned.popleft()])
         best = None
         for segment in self._free:
             if size <= segment.size <= 4 * size and (best is None or segment.size < best.size):
@@ -106,6 +137,15 @@ class Arena:
         self._next += 1
         self._segments[segment.number] = segment
         return segment
+
+    def view(self, number: int) -> memoryview:
+        """The bytes of a segment that the other side has given back; it is free when nothing made of them is left."""
+        segment = self._segments.get(number)
+        if segment is None:
+            raise ProtocolError("a frame gives back shared memory that was never sent")
+        owner = _owner(segment.map)
+        self._watched[number] = _watch(owner, number, self._returned)
+        return memoryview(owner).cast("B")
 
     def free(self, numbers: Iterable[int]) -> None:
         """The other side no longer uses these segments."""
@@ -126,6 +166,18 @@ def _round_up(size: int) -> int:
     return -(-size // step) * step
 
 
+def _owner(memory: mmap.mmap) -> Any:
+    """An object on the memory that can be watched by a weak reference, which a memoryview can't."""
+    import ctypes
+
+    return (ctypes.c_ubyte * len(memory)).from_buffer(memory)
+
+
+def _watch(owner: Any, number: int, gone: deque[int]) -> weakref.ref[Any]:
+    """When the owner's last reference is gone, the number is put into `gone`."""
+    return weakref.ref(owner, lambda _: gone.append(number))
+
+
 class Mapped:
     """The receiving side's view of the other's segments."""
 
@@ -137,8 +189,6 @@ class Mapped:
 
     def view(self, number: int) -> memoryview:
         """The bytes of a segment; it counts as released when nothing made of this view is left."""
-        import ctypes
-
         while number not in self._maps:
             message, fds, _, _ = socket.recv_fds(self.side, 12, 1)
             if not message:
@@ -151,13 +201,61 @@ class Mapped:
             finally:
                 os.close(fds[0])
         memory = self._maps[number]
-        # memoryview can't be watched by a weak reference; a ctypes array on the same memory can.
         if number & EVERYBODY:
             return memoryview(memory).toreadonly()  # kept until the worker is told to drop the object
-        owner = (ctypes.c_ubyte * len(memory)).from_buffer(memory)
-        released = self.released
-        self._alive[number] = weakref.ref(owner, lambda _: released.append(number))
+        owner = _owner(memory)
+        self._alive[number] = _watch(owner, number, self.released)
         return memoryview(owner).cast("B")
+
+    def claim(self, buffers: list[Any]) -> tuple[int, list[tuple[int, int]]] | None:
+        """The one segment in which all these buffers lie, and their table entries, if nothing else refers to it.
+
+        It is then not this side's any more, and the list is empty. None, and the list holds what it held, if they lie
+        elsewhere or something else is left that refers to the segment: an array kept in a global, for example.
+        """
+        number, entries = self._find(buffers)
+        if not number:
+            return None
+        # From here on its end is not to be told to the other side, which any thread does that sends something.
+        self._alive[number] = weakref.ref(self._alive[number]())
+        buffers.clear()
+        owner = self._alive[number]()
+        if owner is None:
+            return number, entries
+        self._alive[number] = _watch(owner, number, self.released)
+        whole = memoryview(owner).cast("B")
+        buffers.extend(whole[where - 1 : where - 1 + size] for size, where in entries)
+        return None
+
+    def _find(self, buffers: list[Any]) -> tuple[int, list[tuple[int, int]]]:
+        """The segment in which all the buffers lie, 0 if they don't, and their table entries."""
+        import ctypes
+
+        place = (0, 0, 0)
+        entries = []
+        for buffer in buffers:
+            try:
+                address = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
+            except (TypeError, ValueError):  # read-only, or empty: no view of a segment
+                return 0, []
+            if not entries:
+                place = self._place(address)
+            number, start, end = place
+            if not number or not start <= address <= address + len(buffer) <= end:
+                return 0, []
+            entries.append((len(buffer), address - start + 1))
+        return place[0], entries
+
+    def _place(self, address: int) -> tuple[int, int, int]:
+        """Number, start and end of the segment in use that holds the address."""
+        import ctypes
+
+        for number, watched in list(self._alive.items()):
+            if (owner := watched()) is not None:
+                start = ctypes.addressof(owner)
+                if start <= address < start + len(owner):
+                    return number, start, start + len(owner)
+        return 0, 0, 0
 
     def forget(self, number: int) -> None:
         """The segment will not be used again: its memory goes when nothing is made of it any more."""

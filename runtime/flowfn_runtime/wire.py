@@ -59,6 +59,7 @@ LAST = 8  # of a PART: the batch is over
 WANT_BEGIN = 16  # of a CALL: say BEGIN when the function starts
 STDERR = 32  # of a LOG
 STOP = 64  # of a BATCH: leave the rest when an item fails
+GIVEN_BACK = 128  # the segment is one of the receiver's own, which the sender has done with
 
 
 class Frame(NamedTuple):
@@ -115,6 +116,18 @@ class Stream:
                 return
         entries = [(len(b), 0) for b in buffers]
         self._write(kind, flags, call, arg, 0, meta, body, entries, buffers)
+
+    def send_back(self, kind: int, *, call: int, arg: int, body: Any, buffers: list[Any]) -> None:
+        """As `send`, of what nobody else needs: a segment in which all the buffers were received goes back with them.
+
+        `buffers` is the caller's last reference to them, and is empty then.
+        """
+        claimed = self.mapped.claim(buffers) if self.mapped is not None and buffers else None
+        if claimed is None:
+            self.send(kind, call=call, arg=arg, body=body, buffers=buffers)
+        else:
+            number, entries = claimed
+            self._write(kind, GIVEN_BACK, call, arg, number, b"", body, entries, ())
 
     def _write(
         self,
@@ -236,9 +249,10 @@ class Stream:
         buffers: list[Any] = []
         view = None
         if segment:
-            if self.mapped is None:
+            owner = self.arena if flags & GIVEN_BACK else self.mapped
+            if owner is None:
                 raise ProtocolError("a frame names shared memory, and none was agreed on")
-            view = self.mapped.view(segment)
+            view = owner.view(segment)
         for length, where in ENTRY.iter_unpack(table):
             if not where:
                 taken = self._take(length)
@@ -250,7 +264,7 @@ class Stream:
                 buffers.append(view[where - 1 : where - 1 + length])
         if flags & BODY_SHARED:
             body = buffers.pop(0)
-        return Frame(kind, flags, call, arg, meta, body, buffers)
+        return Frame(kind, flags & ~GIVEN_BACK, call, arg, meta, body, buffers)
 
     def _take(self, size: int) -> Any:
         """Exactly `size` bytes: what was read already, and the rest straight into its final place."""

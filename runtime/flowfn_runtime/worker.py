@@ -212,7 +212,8 @@ class Worker:
         try:
             function, shared = self.function(frame.arg)
             (args, kwargs), references = self.arguments(frame.body, frame.buffers)
-            want_begin, frame = frame.flags & wire.WANT_BEGIN, None  # type: ignore[assignment]
+            want_begin = frame.flags & wire.WANT_BEGIN
+            frame.buffers.clear()  # the arguments' own now, for the function to let go of
             if want_begin:
                 self.stream.send(wire.BEGIN, call=call)
             started = time.perf_counter()
@@ -239,7 +240,10 @@ class Worker:
             meta, kind = b"", wire.RESULT
         self.capture.flush()
         micros = min(int((time.perf_counter() - started) * 1e6), 0xFFFFFFFF)
-        self.stream.send(kind, call=call, arg=micros, meta=meta, body=payload.data, buffers=payload.buffers)
+        if kind == wire.RESULT:
+            self.stream.send_back(kind, call=call, arg=micros, body=payload.data, buffers=payload.buffers)
+        else:
+            self.stream.send(kind, call=call, arg=micros, meta=meta, body=payload.data, buffers=payload.buffers)
         self.capture.call = 0
 
     def settle(self, value: Any) -> Any:

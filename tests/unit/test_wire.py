@@ -251,6 +251,71 @@ def test_a_segment_is_used_again_once_nobody_has_it(shared: Pair) -> None:
     assert len(arena._free) == 2
 
 
+def give_back(shared: Pair, buffers: list[Any]) -> list[Any]:
+    """Send these buffers of the other side's memory back; what arrives."""
+    shared.there.send_back(wire.RESULT, call=1, arg=0, body=b"", buffers=buffers)
+    frame = shared.here.receive()
+    assert frame.kind == wire.RESULT and frame.flags == 0
+    return frame.buffers
+
+
+def test_what_nothing_else_refers_to_goes_back_in_its_segment(shared: Pair) -> None:
+    there, here = shared.there.arena, shared.here.arena
+    assert there is not None and here is not None
+    for _ in range(3):
+        shared.here.send(wire.CALL, buffers=[b"x" * 50_000, b"y" * 50_000])
+        buffers = shared.there.receive().buffers
+        buffers[1][:3] = b"new"
+        back = give_back(shared, [buffers.pop(), buffers.pop()[5:20_000]])
+        assert bytes(back[0]) == b"new" + b"y" * 49_997 and bytes(back[1]) == b"x" * 19_995
+        assert not there._segments and not here._free
+        del back, buffers
+    assert len(here._segments) == 1, "it was used again each time"
+
+
+def test_what_is_still_referred_to_is_copied(shared: Pair) -> None:
+    there = shared.there.arena
+    assert there is not None
+    shared.here.send(wire.CALL, buffers=[b"x" * 50_000])
+    kept = shared.there.receive().buffers[0]
+    back = give_back(shared, [kept[:30_000]])
+    kept[:5] = b"later"
+    assert bytes(back[0]) == b"x" * 30_000 and len(there._segments) == 1
+    del kept
+    shared.there.send(wire.LOG)  # which says that the segment is free
+    assert shared.here.receive().kind == wire.LOG
+    assert shared.here.arena is not None and len(shared.here.arena._free) == 1
+
+
+def test_what_lies_elsewhere_is_copied(shared: Pair) -> None:
+    shared.here.send(wire.CALL, buffers=[b"x" * 50_000])
+    received = shared.there.receive().buffers
+    other = bytearray(b"z" * 50_000)
+    assert list(map(bytes, give_back(shared, [received.pop(), memoryview(other)]))) == [b"x" * 50_000, bytes(other)]
+    assert give_back(shared, [b"read-only" * 5000]) == [b"read-only" * 5000]
+    assert give_back(shared, []) == []
+
+
+def test_a_segment_that_was_never_sent(shared: Pair) -> None:
+    shared.here._write(wire.RESULT, wire.GIVEN_BACK, 1, 0, 7, b"", b"", [(5, 1)], ())
+    with pytest.raises(ProtocolError, match="never sent"):
+        shared.there.receive()
+
+
+def test_large_buffers_are_copied_whole_by_several_threads(shared: Pair) -> None:
+    numpy = pytest.importorskip("numpy")
+    size = 3 * shm.PART_BYTES + 12_345
+    for seed in (1, 2):  # the second time into warm pages
+        sent = numpy.random.default_rng(seed).integers(0, 255, size, dtype=numpy.uint8)
+        shared.here.send(wire.CALL, buffers=[b"head" * 20, memoryview(sent)])
+        head, received = shared.there.receive().buffers
+        assert bytes(head) == b"head" * 20 and numpy.array_equal(numpy.frombuffer(received, numpy.uint8), sent)
+        del head, received
+        shared.there.send(wire.RESULT)
+        shared.here.receive()
+    assert shared.here.arena is not None and len(shared.here.arena._segments) == 1
+
+
 def test_shared_memory_that_was_not_agreed_on(shared: Pair, pair: Pair) -> None:
     shared.here.send(wire.CALL, buffers=[b"x" * 50_000])
     os.write(pair.here.write_fd, os.read(shared.there.read_fd, 1000))
