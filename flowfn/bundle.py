@@ -11,7 +11,6 @@ import importlib.util
 import io
 import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -35,6 +34,8 @@ class Bundle:
     def pack(self) -> bytes:
         """The zip; made at the first use, since most hosts have it."""
         if not self._zip:
+            import zipfile
+
             out = io.BytesIO()
             with zipfile.ZipFile(out, "w") as archive:
                 for name, content in self._files:

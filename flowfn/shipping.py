@@ -122,7 +122,7 @@ def launch(
         return Launch(setup)
     from flowfn import userproject
 
-    return _with_project(setup, userproject.code())
+    return _with_project(setup, userproject.code(ahead=True))
 
 
 def _with_project(setup: dict[str, Any], code: Code) -> Launch:

@@ -41,6 +41,7 @@ Signature = tuple[Any, ...]  # equal for equal files, as far as their times and 
 
 _lock = threading.RLock()
 _taken: dict[str, tuple[Signature, Snapshot]] = {}
+_seen: dict[str, float] = {}  # when that was last found to be so
 _generation = 0
 _looked: tuple[float, Any, Signature | None] = (0.0, None, None)  # until when that counts, of which modules, what
 
@@ -72,6 +73,7 @@ def look_again() -> None:
     global _looked
     with _lock:
         _looked = (0.0, None, _looked[2])
+        _seen.clear()
 
 
 def _imported() -> tuple[int, str]:
@@ -79,11 +81,23 @@ def _imported() -> tuple[int, str]:
     return len(sys.modules), next(reversed(sys.modules))
 
 
-def code() -> Code:
-    """The project as it is now. Raises ValidationError if it is too large, or a file can't be read."""
+def look_ahead() -> None:
+    """Look at the project while there is time, for the `code` that follows."""
+    try:
+        code()
+    except (FlowError, OSError):
+        pass  # it will be reported by whoever needs the files
+
+
+def code(*, ahead: bool = False) -> Code:
+    """The project as it is now. Raises ValidationError if it is too large, or a file can't be read.
+
+    `ahead`: what was seen within the last second will do.
+    """
     roots, entries, cwd = _roots()
     wanted = [place for entry in entries if os.path.isdir(entry) and (place := _place(entry, roots))]
-    return Code(tuple(map(_snapshot, roots)), tuple(dict.fromkeys(wanted)), _place(cwd, roots))
+    since = time.monotonic() - FRESH_S if ahead else None
+    return Code(tuple(_snapshot(root, since) for root in roots), tuple(dict.fromkeys(wanted)), _place(cwd, roots))
 
 
 def _roots() -> tuple[list[str], list[str], str]:
@@ -165,14 +179,18 @@ def _place(path: str, roots: list[str]) -> Place | None:
     return None
 
 
-def _snapshot(root: str) -> Snapshot:
+def _snapshot(root: str, since: float | None = None) -> Snapshot:
     from flowfn_runtime import project
 
     with _lock:  # many workers that start at once share one look
+        if since is not None and root in _taken and _seen.get(root, 0.0) > since:
+            return _taken[root][1]
+        now = time.monotonic()
         signature = _signature(root)
         taken = _taken.get(root)
         if taken is None or taken[0] != signature:
             taken = _taken[root] = signature, project.snapshot(root, exclude=_excluded())
+        _seen[root] = now
         return taken[1]
 
 

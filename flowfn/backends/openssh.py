@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError
 
+OPENED = b"flowfn-opened"  # said on standard error when a connection can be shared
 SOCKET_PATH_BYTES = 80  # of 108 that the kernel allows; ssh adds to it while it makes the socket
 
 
@@ -65,16 +66,18 @@ class Client:
 
     def first(self, socket: str, program: Sequence[str]) -> list[str]:
         """Log in, run a program, and let others share the connection by the socket."""
-        return self._command(["ControlMaster=yes", f"ControlPath={_escaped(socket)}", "ControlPersist=no"], program)
+        told = f"LocalCommand=/bin/sh -c 'echo {OPENED.decode()} >&2'"
+        shared = ["ControlMaster=yes", f"ControlPath={_escaped(socket)}", "ControlPersist=no"]
+        return self._command([*shared, "PermitLocalCommand=yes", told], program)
 
     def further(self, socket: str, program: Sequence[str]) -> list[str]:
         """Run a program over a connection that is there. Fails if it is not."""
         shared = ["ControlMaster=no", f"ControlPath={_escaped(socket)}", "ProxyJump=none", "ProxyCommand=false"]
-        return self._command(shared, program)
+        return self._command([*shared, "PermitLocalCommand=no"], program)
 
     def alone(self, program: Sequence[str]) -> list[str]:
         """Log in and run a program, on a connection of its own."""
-        return self._command(["ControlMaster=no", "ControlPath=none"], program)
+        return self._command(["ControlMaster=no", "ControlPath=none", "PermitLocalCommand=no"], program)
 
     def _command(self, own: list[str], program: Sequence[str]) -> list[str]:
         options = [
@@ -84,7 +87,6 @@ class Client:
             f"ServerAliveInterval={self.alive_interval}",
             "ServerAliveCountMax=3",
             "ClearAllForwardings=yes",  # those of the user's configuration are for the user's own sessions
-            "PermitLocalCommand=no",
             "RemoteCommand=none",
             "ForwardX11=no",
             "LogLevel=INFO",  # the messages are read, see `explain`

@@ -16,7 +16,6 @@ up there is a second connection.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import threading
 import time
@@ -26,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 from flowfn import loader, shipping
 from flowfn.backends import openssh, stream
 from flowfn.backends.base import Backend, Connection
-from flowfn.clock import clock
-from flowfn_runtime import wire
+from flowfn.backends.ssh_lane import Failure, Lane
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -35,63 +33,9 @@ if TYPE_CHECKING:
     from flowfn_runtime.gpus import Inventory
 
 SESSIONS = 9  # workers on a connection: a server's default of 10, less the keeper
-BEAT_S = 5.0  # how often the keeper hears that the client is there
 SILENCE_S = 60.0  # after which it believes that the client is gone
 ATTEMPTS = 5  # to start a worker, when connections are lost or full
 AGAIN_S = 5.0  # after which a host that could not be reached is tried again
-_numbers = itertools.count(1)
-
-
-class _Lane:
-    """One connection to a host, with its keeper."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.label = f"ssh {host.address}"
-        self.sessions = 0
-        self.dead = False
-        self.socket = os.path.join(openssh.sockets_directory(), f"{os.getpid()}-{next(_numbers)}")
-        argv = host.client.first(self.socket, host.program())
-        launch = shipping.Launch({"keep": host.options.silence_s})
-        failure = _Failure(host.address)
-        self.keeper = stream.start(argv, launch, label=self.label, explain=failure, on_end=self._ended)
-        host.python = self.keeper.python
-        self._beat()
-
-    def _beat(self) -> None:
-        if self.dead:
-            return
-        try:
-            self.keeper.stream.send(wire.SETUP)
-        except EOFError:
-            return
-        clock.later(BEAT_S, self._beat)
-
-    def _ended(self) -> None:
-        self.dead = True
-
-    def left(self) -> None:
-        """A worker's session is over."""
-        with self.host.lock:
-            self.sessions -= 1
-
-    def close(self) -> None:
-        self.dead = True
-        self.keeper.close()
-        self.keeper.kill()
-        self.keeper.exit(stream.END_S)
-
-
-class _Failure:
-    """What ssh said when a session did not come about."""
-
-    def __init__(self, address: openssh.Address) -> None:
-        self.address = address
-        self.said = ""
-
-    def __call__(self, status: int, said: str) -> FlowError | None:
-        self.said = said
-        return openssh.explain(self.address, status, said)
 
 
 class _Options:
@@ -121,8 +65,9 @@ class Host:
         # GPUs of theirs, as far as it can be told from here: they are claimed there, and that is where workers wait.
         self.taken: set[int] = set()
         self.waiting: list[tuple[FunctionSpec, set[int]]] = []
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         self._facts: dict[str, Any] = {}
+        self._inventory: Inventory | None = None
         self._error: tuple[float, FlowError] | None = None
 
     def program(self) -> list[str]:
@@ -141,14 +86,15 @@ class Host:
                     raise
             return self._facts
 
-    def _lane(self) -> _Lane:
+    def _lane(self) -> Lane:
         """A connection with room for one more session, if a server has any. The caller has the lock."""
         self._lanes = [lane for lane in self._lanes if not lane.dead]
         for lane in self._lanes:
             if lane.sessions < self.limit or not self.limit:
                 return lane
-        lane = _Lane(self)
-        self._facts = lane.keeper.facts
+        lane = Lane(self.client, self.program(), self.options.silence_s)
+        self.python = lane.keeper.python
+        self._facts = lane.facts
         self._lanes.append(lane)
         return lane
 
@@ -161,10 +107,12 @@ class Host:
             program = self.program()
             # Some servers allow the keeper's session and no other.
             argv = self.client.further(lane.socket, program) if self.limit else self.client.alone(program)
-            told = shipping.Launch({**launch.setup, "alive": lane.keeper.facts["alive"]}, launch.roots)
-            failure = _Failure(self.address)
+            told = shipping.Launch({**launch.setup, "alive": lane.facts["alive"]}, launch.roots)
+            spare = lane.spare() if self.limit else None
+            failure = Failure(self.address)
+            left = functools.partial(self._left, lane)
             try:
-                return stream.start(argv, told, label=lane.label, explain=failure, on_end=lane.left)
+                return stream.start(argv, told, label=lane.label, explain=failure, on_end=left, begun=spare)
             except BackendUnavailable:
                 with self.lock:
                     if openssh.refused_session(failure.said):
@@ -175,16 +123,24 @@ class Host:
                         raise
         raise BackendUnavailable(f"{self.address} lets nobody start a worker, after {ATTEMPTS} attempts")
 
+    def _left(self, lane: Lane) -> None:
+        """A worker's session is over."""
+        with self.lock:
+            lane.sessions -= 1
+
     def inventory(self) -> Inventory:
         """The GPUs there."""
         from flowfn_runtime.gpus import Gpu, Inventory
 
-        facts = self.facts()
-        return Inventory(tuple(Gpu(**gpu) for gpu in facts["gpus"]), facts["gpu_source"], facts["gpu_reason"])
+        with self.lock:
+            if self._inventory is None:
+                told = self._lane().gpus()
+                self._inventory = Inventory(tuple(Gpu(**gpu) for gpu in told["gpus"]), told["source"], told["reason"])
+            return self._inventory
 
     def free(self, spec: FunctionSpec) -> set[int] | None:
         """GPUs that the spec could have there now, if there are enough."""
-        there = self.inventory().gpus
+        there = self.inventory().gpus if spec.gpu else ()
         for wanted in spec.gpu:
             fits = [gpu.index for gpu in there if wanted.fits(gpu.model, gpu.memory_bytes)]
             fits = [index for index in fits if index not in self.taken]
@@ -212,7 +168,7 @@ class Host:
 
     def close(self) -> None:
         with self.lock:
-            lanes, self._lanes, self._facts = self._lanes, [], {}
+            lanes, self._lanes, self._facts, self._inventory = self._lanes, [], {}, None
         for lane in lanes:
             lane.close()
 

@@ -24,14 +24,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flowfn import loader
 from flowfn.backends.base import Connection, Exit
 from flowfn.bundle import bundle
 from flowfn_runtime import exceptions, wire
 from flowfn_runtime.errors import BackendUnavailable, FlowError, ProtocolError, VersionMismatch
-from flowfn_runtime.host import EXIT_MARK
 
 if TYPE_CHECKING:
     from flowfn.shipping import Launch
@@ -89,7 +88,11 @@ class StreamConnection(Connection):
                 except OSError:
                     pass  # the user's pipes are many already
             fds.append(fd)
-        self.stream = wire.Stream(*fds)
+        self.begin(wire.Stream(*fds))
+
+    def begin(self, stream: wire.Stream) -> None:
+        """From here on this is the worker's stream, and `process` is listened to."""
+        self.stream = stream
         _all.add(self)
         self._tail = bytearray()
         self._mark: dict[str, Any] | None = None
@@ -161,6 +164,8 @@ class StreamConnection(Connection):
     def _listen(self) -> None:
         """Take in what the program says on standard error, then its exit status."""
         assert self.process.stderr
+        from flowfn_runtime.host import EXIT_MARK  # here, while the program starts
+
         mark = EXIT_MARK.encode()
         rest = b""
         while data := self.process.stderr.read(1 << 16):
@@ -187,25 +192,38 @@ class StreamConnection(Connection):
         self._ended.set()  # whoever waits for the end finds everything in order
 
 
+class Begun(Protocol):
+    """A program that was begun before it was known what for."""
+
+    def ready(self) -> StreamConnection:
+        """Its connection, the runtime loaded."""
+
+    connection: StreamConnection
+
+
 def start(
     argv: Sequence[str],
-    launch: Launch,
+    launch: Launch | Callable[[], Launch],
     *,
     label: str,
     environ: Mapping[str, str] | None = None,
     explain: Explain | None = None,
     kind: Callable[..., StreamConnection] = StreamConnection,
     on_end: Callable[[], object] | None = None,
+    begun: Begun | None = None,
 ) -> StreamConnection:
     """Start a program whose last part is `loader.program()`, and get a worker ready there.
 
-    `label` says where it is, for people. `environ` is the program's own environment here. `explain` knows the engine's
-    messages. `kind` makes the connection. `on_end` is called once, when the program has ended, or could not be started.
+    `launch` may be a function, which is called while the program starts. `label` says where it is, for people.
+    `environ` is the program's own environment here. `explain` knows the engine's messages. `kind` makes the connection.
+    `on_end` is called once, when the program has ended, or could not be started. `begun` is such a program that runs
+    already.
     Raises BackendUnavailable, VersionMismatch, or what the preparation on the other side raised.
     """
     for attempt in range(ATTEMPTS):
+        early, begun = begun, None
         try:
-            connection = kind(argv, label=label, environ=environ)
+            connection = early.connection if early else kind(argv, label=label, environ=environ)
         except BaseException:
             if on_end is not None:
                 on_end()
@@ -213,14 +231,20 @@ def start(
         if on_end is not None:
             connection.on_end(on_end)
         try:
-            _load(connection, launch)
-            _prepare(connection, launch)
+            if callable(launch):
+                launch = launch()
+            if early:
+                early.ready()
+                _tell(connection, launch)
+            else:
+                load(connection, launch)
+            prepare(connection, launch)
             return connection
         except EOFError:
             raise ended(connection, explain) from None
         except BaseException as error:
             again = isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS - 1
-            newer = launch.newer() if again else None
+            newer = launch.newer() if again and not callable(launch) else None
             if newer is not None and on_end is not None and not connection.forget(on_end):
                 newer = None
             connection.kill()
@@ -246,26 +270,41 @@ def ended(connection: StreamConnection, explain: Explain | None) -> FlowError:
     return BackendUnavailable(f"{message}:\n{said}" if said else message)
 
 
-def _load(connection: StreamConnection, launch: Launch) -> None:
-    """The loader's part: which Python it found, and the runtime if it lacks it. Sends the SETUP at once."""
+def load(
+    connection: StreamConnection, launch: Launch | None = None, *, elsewhere: Callable[[], bool] | None = None
+) -> None:
+    """The loader's part: which Python it found, and the runtime if it lacks it. Sends what is wanted of it at once.
+
+    `elsewhere` waits until the runtime was brought to that host over another connection; False: it was not.
+    """
     stream = connection.stream
     lines = _Lines(stream.read_fd)
+    runtime = bundle()  # read while the program starts
     there = lines.next()
     if choice := _choose(there, connection.label):
         _write(stream.write_fd, json.dumps(choice).encode() + b"\n")
         there = lines.next()
         _choose({**there, "uv": None}, connection.label)
     connection.python = there["executable"]
-    runtime = bundle()
-    packed = b"" if runtime.digest in there["runtimes"] else runtime.pack()
+    has = runtime.digest in there["runtimes"] or (elsewhere is not None and elsewhere())
+    packed = b"" if has else runtime.pack()
     ask = {"digest": runtime.digest, "size": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
     try:
         _write(stream.write_fd, json.dumps(ask).encode() + b"\n" + packed)
-        launch.send(stream)
     except EOFError:
         pass  # it has ended, and may have said why
+    else:
+        if launch is not None:
+            _tell(connection, launch)
     lines.next()
     stream._rest = lines.rest
+
+
+def _tell(connection: StreamConnection, launch: Launch) -> None:
+    try:
+        launch.send(connection.stream)
+    except EOFError:
+        pass  # as above
 
 
 def _choose(there: dict[str, Any], label: str) -> dict[str, str] | None:
@@ -331,7 +370,7 @@ def _write(fd: int, data: bytes) -> None:
         raise EOFError from None
 
 
-def _prepare(connection: StreamConnection, launch: Launch) -> None:
+def prepare(connection: StreamConnection, launch: Launch) -> None:
     """Answer what the other side asks until the worker's process is there."""
     stream = connection.stream
     while True:

@@ -51,7 +51,7 @@ def main() -> None:
             from . import keeper
 
             watch.stop()
-            keeper.keep(stream, setup["keep"], client.ready)
+            keeper.keep(stream, setup["keep"], client)
             sys.exit(0)
         start = Start(setup, client)
         start.prepare()

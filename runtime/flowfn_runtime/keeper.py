@@ -7,18 +7,18 @@ client does, and when the client was silent for too long, as it is when the netw
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 import select
 import time
 from typing import Any
 
-from . import gpus, host, paths, wire
+from . import exceptions, host, paths, wire
+from .errors import FlowError
 
 
-def keep(stream: wire.Stream, silence_s: float, ready: Any) -> None:
-    """Report by `ready(**facts)`, then stay until the client is gone or silent."""
+def keep(stream: wire.Stream, silence_s: float, client: Any) -> None:
+    """Report to the client what there is, then stay until it is gone or silent."""
     directory = paths.private_dir(os.path.join(paths.cache(), "keepers"))
     _clean(directory)
     path = os.path.join(directory, f"{os.getpid()}-{os.urandom(4).hex()}")
@@ -26,7 +26,8 @@ def keep(stream: wire.Stream, silence_s: float, ready: Any) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        ready(alive=path, **facts())
+        client.ready(alive=path, **facts())
+        _tell_gpus(stream, client)  # which may take a while, and is not always asked for
         _listen(stream, silence_s)
     finally:
         os.unlink(path)
@@ -34,14 +35,25 @@ def keep(stream: wire.Stream, silence_s: float, ready: Any) -> None:
 
 def facts() -> dict[str, Any]:
     """What this host has."""
-    there = gpus.inventory()
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": [dataclasses.asdict(gpu) for gpu in there.gpus],
-        "gpu_source": there.source,
-        "gpu_reason": there.reason,
     }
+
+
+def _tell_gpus(stream: wire.Stream, client: Any) -> None:
+    import dataclasses
+
+    from . import gpus
+
+    try:
+        there = gpus.inventory()
+    except FlowError as error:
+        payload = exceptions.dumps(error)
+        stream.send(wire.ERROR, body=payload.data, buffers=payload.buffers)
+    else:
+        listed = [dataclasses.asdict(gpu) for gpu in there.gpus]
+        client.tell(gpus=listed, source=there.source, reason=there.reason)
 
 
 def _listen(stream: wire.Stream, silence_s: float) -> None:
