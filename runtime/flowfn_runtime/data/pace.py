@@ -20,9 +20,9 @@ class Pace:
 
     def __init__(self, mean_bytes: float, *, now: float, used: float) -> None:
         small = mean_bytes < _SMALL_BYTES
-        self.first = 1 if small else 8
+        self.first = 1 if small else 4
         # The part of a processor that may be busy while we still count as waiting for the network.
-        self._idle_below = 0.6 if small else 1.5
+        self._idle_below = 0.6 if small else 1.0
         self._then, self._used, self._done = now, used, 0
         self._before: float | None = None  # how fast it was before the threads were doubled
         self._hold_until = now

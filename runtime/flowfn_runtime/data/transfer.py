@@ -23,9 +23,12 @@ from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 
-PART_BYTES = 8 << 20
+PART_BYTES = 16 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
 WHOLE_BYTES = 16 << 20
+# Parts of an object that wait for the digest before its other parts do.
+_MOST_UNHASHED = 4
+_HASH_BYTES = 4 << 20
 _REPORT_EVERY_S = 0.1
 
 
@@ -79,6 +82,7 @@ class _Fetch:
         self.fetched = 0
         self.report = _Report(source.url, self.waiting, progress)
         self.threads = 0
+        self.held = 0  # threads that wait for a digest
         self.requests = 0
         mean = sum(job.object.size or 0 for job in self.waiting) / max(1, len(self.waiting))
         self.pace = Pace(mean, now=time.monotonic(), used=time.process_time())
@@ -131,6 +135,7 @@ class _Fetch:
         with self.lock:
             if self.failure is None:
                 self.failure = failure
+            self.lock.notify_all()
         self.patience.stopped.set()
 
     def _work(self) -> None:
@@ -141,6 +146,7 @@ class _Fetch:
                         parts, index = self.parts.popleft()
                     except IndexError:
                         continue
+                    self._let_hash(parts)
                     self._part(parts, index)
                 else:
                     with self.lock:
@@ -163,7 +169,7 @@ class _Fetch:
 
     def _more_threads(self) -> None:
         now = time.monotonic()
-        if not self.pace.due(now):
+        if self.held or not self.pace.due(now):
             return
         with self.lock:
             more = self.pace.more(
@@ -289,23 +295,35 @@ class _Fetch:
         """Bring the digest up to the first part that is missing, while other threads go on fetching."""
         if not parts.digest:
             return
+        with self.lock:
+            if parts.hashing:
+                return
+            parts.hashing = True
         buffer: memoryview | None = None
         while True:
             with self.lock:
-                if parts.hashing or parts.hashed not in parts.done:
-                    return
-                parts.hashing = True
-            try:
-                buffer = buffer or memoryview(bytearray(1 << 20))
-                position = parts.hashed * PART_BYTES
-                end = position + PART_BYTES
-                while position < end and (count := os.preadv(parts.fd, [buffer[: end - position]], position)):
-                    parts.digest.update(buffer[:count])
-                    position += count
-            finally:
-                with self.lock:
-                    parts.hashed += 1
+                if parts.hashed not in parts.done or self.failure is not None:
                     parts.hashing = False
+                    self.lock.notify_all()
+                    return
+            # In large pieces: after each one the interpreter has to be had again, from all the other threads.
+            buffer = buffer or memoryview(bytearray(_HASH_BYTES))
+            position = parts.hashed * PART_BYTES
+            end = position + PART_BYTES
+            while position < end and (count := os.preadv(parts.fd, [buffer[: end - position]], position)):
+                parts.digest.update(buffer[:count])
+                position += count
+            with self.lock:
+                parts.hashed += 1
+                self.lock.notify_all()
+
+    def _let_hash(self, parts: _Parts) -> None:
+        """Don't run away from the digest, which is what the end will wait for: leave it a processor."""
+        with self.lock:
+            self.held += 1
+            while parts.hashing and len(parts.done) - parts.hashed > _MOST_UNHASHED and self.failure is None:
+                self.lock.wait()
+            self.held -= 1
 
     def _from_the_start(self, parts: _Parts, damaged: _Damaged) -> None:
         """Fetch a large object again whose parts don't make up the listed content."""
