@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from . import codes as codes  # for workers whose calls leave them no descriptors to import it with
 from . import pickling
 from .errors import SerializationError
 

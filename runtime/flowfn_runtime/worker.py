@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -71,7 +72,7 @@ class Worker:
         except EOFError:
             pass
         except OSError as error:  # out of descriptors or memory, used up by earlier calls: the client finds another
-            print(f"flowfn: this worker can't go on: {error}", file=sys.stderr)
+            _say_spent(error)
         except (ProtocolError, VersionMismatch) as error:
             payload = exceptions.dumps(error)
             meta = _error_meta(error, "runtime")
@@ -186,7 +187,11 @@ class Worker:
             return found
         frame, shared = self.functions[number]
         objects = _Objects(self.objects)
-        function = bodies.load(frame.body, frame.buffers, objects=objects)
+        try:
+            function = bodies.load(frame.body, frame.buffers, objects=objects)
+        except SerializationError as error:
+            _end_if_spent(error.__cause__)
+            raise
         kwargs = objects[shared] if shared else {}
         self.loaded[number] = function, kwargs
         return function, kwargs
@@ -196,6 +201,7 @@ class Worker:
         try:
             value, references = pickling.loads(payload, buffers, objects=_Objects(self.objects))
         except Exception as error:
+            _end_if_spent(error)
             raise SerializationError(
                 f"the arguments can't be rebuilt in the worker: {type(error).__name__}: {error}",
                 hint="are the modules of their types installed where the worker runs?",
@@ -478,6 +484,17 @@ def _failed(error: BaseException) -> items.Packed:
 
 def _error_meta(error: BaseException, origin: str) -> bytes:
     return json.dumps({"origin": origin, "types": exceptions.type_names(error)}).encode()
+
+
+def _say_spent(error: BaseException) -> None:
+    print(f"flowfn: this worker can't go on: {error}", file=sys.stderr, flush=True)
+
+
+def _end_if_spent(error: BaseException | None) -> None:
+    """End this worker if earlier calls left it no descriptors to import something with: the client finds another."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        _say_spent(error)
+        os._exit(0)
 
 
 def _raiser(error: BaseException) -> Callable[..., Any]:

@@ -617,7 +617,7 @@ def echo(array):
 def size(array):
     return array.nbytes
 
-import flowfn.call, flowfn.map
+import cloudpickle, flowfn.call, flowfn.map
 held = exhaust()
 print("first use:", attempt(double.remote, 1))  # nothing can be started
 free(held)
@@ -657,17 +657,24 @@ def exhaust():
     except OSError:
         return np.ones(200_000)
 
+SCALES = [2]
+@flow.function(max_workers=1)
+def scaled(x):
+    return SCALES[0] * x
+
 @flow.function(max_workers=1)
 def total(array):
     return float(array.sum())
 
+print(exhaust.remote().sum())
+print(scaled.remote(4))  # needs cloudpickle, which that worker can't import any more: another one takes it
 print(exhaust.remote().sum())
 print(total.remote(np.ones(10)))
 print(total.remote(np.ones(300_000)))
 print(list(total.map([np.ones(300_000)] * 3)))
 """
     ).out
-    assert out == "200000.0\n10.0\n300000.0\n[300000.0, 300000.0, 300000.0]\n"
+    assert out == "200000.0\n8\n200000.0\n10.0\n300000.0\n[300000.0, 300000.0, 300000.0]\n"
 
 
 def test_without_shared_memory_everything_goes_through_the_stream(scene: Scene) -> None:
