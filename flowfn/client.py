@@ -115,7 +115,7 @@ class Flow:
 
     def check(self, task: TaskConfig | str | list[str] | os.PathLike[str], **fields: Any) -> TaskConfig:
         """What `run` would run, if it would be accepted; else raises what `run` would raise. Nothing is started."""
-        from .plan import check
+        from .submit import check
 
         config = config_of(task, **fields)
         check(config, self.config)
@@ -124,7 +124,7 @@ class Flow:
     def _start(self, config: TaskConfig, wait: bool, timeout: float | None = None) -> Task:
         from .submit import submit
 
-        task = Task(taskdb.get(submit(config, settings=self.config)))
+        task = Task(taskdb.get(submit(config, settings=self.config, backend=config.backend)))
         return task.wait(timeout) if wait else task
 
     def invoke(
@@ -202,7 +202,7 @@ class Flow:
 
     def delete_tasks(self, *tasks: Task | str) -> None:
         """Forget tasks that have ended: their logs, results and code go. Raises `TaskError` if one is active."""
-        from .submit import remove
+        from .places import remove
 
         found = [task if isinstance(task, Task) else self.get_task(task) for task in tasks]
         for task in found:

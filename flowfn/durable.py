@@ -53,8 +53,13 @@ def submit_file(
     if config.name is None:
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{module}-{function}").lstrip("._-")
         config = config.model_copy(update={"name": name or "call"})
-    call = Call(payload=callfile.dumps(callfile.CALL, payload), title=f"{inside}::{function}", mounts=tuple(mounts))
-    return Task(taskdb.get(submit(config, settings=settings, call=call)))
+    call = Call(
+        payload=callfile.dumps(callfile.CALL, payload),
+        title=f"{inside}::{function}",
+        mounts=tuple(mounts),
+        image=config.image,
+    )
+    return Task(taskdb.get(submit(config, settings=settings, call=call, backend=config.backend)))
 
 
 def submit_function(spec: FunctionSpec, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
@@ -77,8 +82,9 @@ def submit_function(spec: FunctionSpec, fn: Callable[..., Any], args: tuple[Any,
         title=f"{function.__module__}:{name}",
         cpus=spec.cpu,
         memory_bytes=spec.memory,
+        image=spec.image,
     )
-    return Task(taskdb.get(submit(config, call=call)))
+    return Task(taskdb.get(submit(config, call=call, backend=spec.backend)))
 
 
 def _source(file: str) -> str:

@@ -1,26 +1,30 @@
-"""What a task comes to: a `TaskConfig` checked against this host and its volumes, as the record its supervisor follows.
+"""What a task comes to: a `TaskConfig` as what is wanted of the place that runs it, and the project's files.
 
-Whatever is wrong is found here, before anything is started; volumes are created last.
+Whatever can be found wrong here is, before anything is started. What only the place itself knows (`taskstart`) is
+checked there: its GPUs, ports, volumes and other tasks.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import flowfn_runtime
-from flowfn_runtime import paths, project, taskdb
+from flowfn_runtime import paths, project
 from flowfn_runtime.data.spec import Mount, normalise_target
-from flowfn_runtime.data.volumes import Volume
-from flowfn_runtime.errors import ResourceUnavailable, ValidationError, VolumeNotFound
+from flowfn_runtime.errors import ValidationError
+from flowfn_runtime.taskstart import code_store
 
 from . import config as configuration
 
 if TYPE_CHECKING:
+    from flowfn_runtime.project import Snapshot
+
     from .taskconfig import TaskConfig, VolumeSpec
+
+_LISTED_COMMAND = 200  # characters of a command that listings keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,64 +36,78 @@ class Call:
     mounts: tuple[Mount, ...] = ()  # data that its arguments name
     cpus: float | None = None  # cores
     memory_bytes: int | None = None  # of all its processes together
+    image: Any = None  # what it runs in, of places that have a choice
 
 
-def check(task: TaskConfig, settings: configuration.Config) -> None:
-    """Raise whatever `submit` would raise on account of the task; nothing is made."""
-    from flowfn_runtime import sandbox
+@dataclass(frozen=True)
+class Draft:
+    """A task as it goes to the place that runs it."""
 
-    sandbox.check()
-    _gpus(task, settings)
-    _refuse_taken_ports(task.ports)
-    for wanted in task.depends_on:
-        taskdb.find(wanted, settings.project)
-    if root := _code_root(task):
-        project.snapshot(root, exclude=(paths.home(), paths.cache()))
-    for spec in _named_volumes(task, settings)[0]:
-        _find(spec[0], task.region or settings.region, settings)
+    wanted: dict[str, Any]  # see `flowfn_runtime.taskstart`; holds the values of env, and credentials
+    payload: bytes | None  # of a call
+    code: Snapshot | None  # the project's files
+    roots: tuple[Snapshot, ...] = ()  # further directories of the user's that modules are imported from
+    image: Any = None  # what the task runs in, of places that have a choice
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """All files that the place has to have."""
+        return self.roots if self.code is None else (self.code, *self.roots)
 
 
-def plan(task: TaskConfig, settings: configuration.Config, call: Call | None) -> dict[str, Any]:
-    """What the supervisor is to do. Raises what is wrong with the task."""
-    from flowfn_runtime import sandbox
-
-    sandbox.check()
+def draft(task: TaskConfig, settings: configuration.Config, call: Call | None, *, here: bool) -> Draft:
+    """What to do. `here`: on this machine, where the user's modules need not be sent. Raises what is wrong."""
     task_id = "task_" + os.urandom(6).hex()
-    gpus = _gpus(task, settings)
-    _refuse_taken_ports(task.ports)
-    depends_on = [taskdb.find(wanted, settings.project).id for wanted in task.depends_on]
     code = _snapshot(task)
-    # Last, since it may create volumes: nothing is created for a task that is refused.
-    mounts, ephemeral, block, urls = _volumes(task, settings)
-    mounts += call.mounts if call else ()
     retries = task.retry_policy()
-    return {
+    volumes, ephemeral, mounts = _named_volumes(task, settings)
+    mounts += call.mounts if call else ()
+    wanted: dict[str, Any] = {
         "id": task_id,
         "project": settings.project,
         "name": _name(task, task_id),
         "command": task.command,
         "call": call is not None,
+        "listed": _listed(task, call),
         "env": dict(task.env),
         "mounts": [mount.to_dict() for mount in mounts],
+        "volumes": volumes,
         "ephemeral": ephemeral,
-        "volume_urls": urls,
-        "gpus": gpus,
+        "gpus": _gpus(task),
+        "gpu": task.gpu(),
         "nodes": task.num_instances,
         "ports": task.ports,
         "working_dir": task.working_dir,
-        "code": code,
+        "code": code and code.digest,
+        "roots": [],
         "max_run_time_s": (task.max_run_time_hours or 0) * 3600,
         "retry_delays_s": [retries.delay(attempt, task_id) for attempt in range(1, retries.max_retries + 1)],
-        "depends_on": depends_on,
+        "depends_on": task.depends_on,
         "cpus": call.cpus if call else None,
         "memory_bytes": call.memory_bytes if call else None,
-        "sys_path": _import_path(task) if call else [],
+        "sys_path": [],
+        "readable": [],
         "grace_s": _grace_s(),
-        "block_volumes": block,
-        "python": sys.executable,
-        "readable": [*_readable(), *(filter(_is_some_project, _import_path(task)) if call else ())],
-        "runtime": os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__))),
+        "region": task.region or settings.region,
+        "image": task.image,
+        "box": "sandbox",
     }
+    roots: tuple[Snapshot, ...] = ()
+    if here:
+        wanted["readable"] = [os.path.dirname(os.path.abspath(__file__))]
+        if call:
+            wanted["sys_path"] = path = _import_path(task)
+            wanted["readable"] += filter(_is_some_project, path)
+    elif call:
+        roots, wanted["sys_path"] = _roots(code)
+        wanted["roots"] = [root.digest for root in roots]
+    return Draft(wanted, call.payload if call else None, code, roots, call.image if call else task.image)
+
+
+def _listed(task: TaskConfig, call: Call | None) -> str:
+    command = call.title if call else task.command
+    text = " ".join(command) if isinstance(command, list) else command or "sleep infinity"
+    return re.sub(r"\s*\n\s*", "; ", text.strip())[:_LISTED_COMMAND]
 
 
 def _grace_s() -> float:
@@ -105,71 +123,33 @@ def _grace_s() -> float:
     return seconds
 
 
-def _is_some_project(path: str) -> bool:
-    """Whether a directory of modules may be shown to a durable call: not one that is anything but that."""
-    return os.path.isdir(path) and path not in ("/", "/tmp", "/var/tmp", os.path.expanduser("~"))
-
-
-def _readable() -> list[str]:
-    """What this Python needs to run: itself, and where its packages are. Not the project, which goes as a snapshot."""
-    prefixes = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(sys.executable))}
-    packages = {
-        path for path in sys.path if os.path.isabs(path) and path.endswith(("-packages", ".zip", "/lib-dynload"))
-    }
-    # An editable installation is a checkout, and that may lie where a sandbox has a place of its own: /tmp.
-    here = os.path.dirname(os.path.abspath(__file__))
-    runtime = os.path.dirname(os.path.abspath(flowfn_runtime.__file__))
-    return sorted(prefixes | packages | {here, runtime})
-
-
 def _name(task: TaskConfig, task_id: str) -> str:
     if task.name is None:
         return f"task-{task_id[-6:]}"
     return f"{task.name}-{task_id[-6:]}" if task.unique_name else task.name
 
 
-def _gpus(task: TaskConfig, settings: configuration.Config) -> list[list[Any]]:
+def _gpus(task: TaskConfig) -> list[list[Any]]:
     from flowfn_runtime.gpu_request import GpuRequest, parse_gpu
 
     requests = parse_gpu(task.instance_type, option="instance_type")
     if memory := task.min_gpu_memory_gb:
         requests = tuple(r._replace(memory_gb=max(r.memory_gb or 0, memory)) for r in requests or (GpuRequest(),))
-    if not requests:
-        return []
-    from flowfn_runtime import gpus
-
-    everything = [r._replace(count=r.count * task.num_instances) for r in requests]
-    gpus.check(everything, gpus.inventory(settings.gpus))
     return [list(request) for request in requests]
 
 
-def _refuse_taken_ports(ports: Sequence[int]) -> None:
-    import socket
-
-    for port in ports:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError as error:
-                raise ResourceUnavailable(
-                    f"port {port} of this host can't be had: {error.strerror}",
-                    hint=f"Choose another port, or see who has it: ss -ltnp 'sport = :{port}'",
-                ) from None
+# -- the project -------------------------------------------------------------------------------------------------------
 
 
-def _snapshot(task: TaskConfig) -> str | None:
+def keep_code(draft: Draft) -> None:
+    """Put the project's files where a task of this host finds them. The caller guards the store."""
+    for snapshot in draft.snapshots:
+        project.keep(snapshot, code_store())
+
+
+def _snapshot(task: TaskConfig) -> Snapshot | None:
     root = _code_root(task)
-    if root is None:
-        return None
-    taken = project.snapshot(root, exclude=(paths.home(), paths.cache()))
-    project.keep(taken, code_store())
-    return taken.digest
-
-
-def code_store() -> str:
-    """Where the projects of tasks are kept."""
-    return os.path.join(paths.home(), "code")
+    return None if root is None else project.snapshot(root, exclude=(paths.home(), paths.cache()))
 
 
 def _code_root(task: TaskConfig) -> str | None:
@@ -200,45 +180,49 @@ def _import_path(task: TaskConfig) -> list[str]:
     return found
 
 
-def _volumes(
-    task: TaskConfig, settings: configuration.Config
-) -> tuple[tuple[Mount, ...], list[str], list[str], dict[str, str]]:
-    """The mounts, the targets of unnamed volumes, the ids of the volumes that no other task may have meanwhile, and
-    where volumes are by their URLs."""
-    region = task.region or settings.region
-    named, ephemeral, mounts = _named_volumes(task, settings)
-    found = [(_find(spec, region, settings), spec, target, inside) for spec, target, inside in named]
-    block: list[str] = []
-    urls: dict[str, str] = {}
-    for volume, spec, target, inside in found:
-        volume = volume or _create(spec, region, settings, task.num_instances)
-        mounts.append(Mount(f"volume://{volume.id}{inside}", target))
-        for name in (volume.id, volume.name):
-            urls |= {f"volume://{name}{inside}": target} if name else {}
-        if volume.interface == "block":
-            block.append(volume.id)
-    return tuple(mounts), ephemeral, sorted(set(block)), urls
+def _is_some_project(path: str) -> bool:
+    """Whether a directory of modules may be shown to a durable call: not one that is anything but that."""
+    return os.path.isdir(path) and path not in ("/", "/tmp", "/var/tmp", os.path.expanduser("~"))
+
+
+def _roots(code: Snapshot | None) -> tuple[tuple[Snapshot, ...], list[list[Any]]]:
+    """Which of the user's directories go along for a call elsewhere, and where modules are looked for in them."""
+    from . import userproject
+
+    there = userproject.code()
+    same = {n for n, root in enumerate(there.roots) if code is not None and root.digest == code.digest}
+    others = [n for n in range(len(there.roots)) if n not in same]
+    number = dict.fromkeys(same, 0) | {n: place for place, n in enumerate(others, 1)}
+    return tuple(there.roots[n] for n in others), [[number[n], path] for n, path in there.sys_path]
+
+
+# -- volumes -----------------------------------------------------------------------------------------------------------
 
 
 def _named_volumes(
     task: TaskConfig, settings: configuration.Config
-) -> tuple[list[tuple[VolumeSpec, str, str]], list[str], list[Mount]]:
+) -> tuple[list[dict[str, Any]], list[str], list[Mount]]:
     """Named volumes with where they go and what of them; the targets of unnamed ones; all other mounts."""
-    named: list[tuple[VolumeSpec, str, str]] = []
+    named: list[dict[str, Any]] = []
     ephemeral: list[str] = []
     plain: list[Mount] = []
     for spec in task.volume_specs():
         target = normalise_target(spec.target, allow_docker_cache=task.allow_docker_cache)
         if spec.name or spec.volume_id:
-            named.append((spec, target, ""))
+            named.append(_volume(spec, target, ""))
         else:
             ephemeral.append(target)
     for mount in task.mounts():
         if mount.scheme == "volume":
-            named.append((_spec_of(mount), mount.target, _inside(mount)))
+            named.append(_volume(_spec_of(mount), mount.target, _inside(mount)))
         else:
             plain.append(_with_options(mount, settings))
     return named, ephemeral, plain
+
+
+def _volume(spec: VolumeSpec, target: str, inside: str) -> dict[str, Any]:
+    fields = ("name", "volume_id", "size_gb", "interface", "create_if_missing", "region")
+    return {field: getattr(spec, field) for field in fields} | {"target": target, "inside": inside}
 
 
 def _spec_of(mount: Mount) -> VolumeSpec:
@@ -252,39 +236,6 @@ def _spec_of(mount: Mount) -> VolumeSpec:
 def _inside(mount: Mount) -> str:
     slash, path = mount.source.removeprefix("volume://").partition("/")[1:]
     return slash + path
-
-
-def _find(spec: VolumeSpec, region: str | None, settings: configuration.Config) -> Volume | None:
-    from flowfn_runtime.data import volumes
-
-    wanted = spec.volume_id or spec.name or ""
-    volume = volumes.get(wanted, settings.project) if spec.volume_id else volumes.find(wanted, settings.project)
-    if volume is None:
-        if not spec.create_if_missing:
-            raise VolumeNotFound(
-                f"project {settings.project!r} has no volume {wanted!r}, and create_if_missing=False",
-                hint=f"Create it: flow volume create {wanted} --size {spec.size_gb}",
-            )
-        return None
-    if region and volume.region and volume.region != region:
-        raise ValidationError(
-            f"volume {volume.label} is in region {volume.region!r}, the task in {region!r}",
-            hint=f"Run the task with region={volume.region!r}, or use a volume of {region!r}.",
-        )
-    return volume
-
-
-def _create(spec: VolumeSpec, region: str | None, settings: configuration.Config, nodes: int) -> Volume:
-    from flowfn_runtime.data import volumes
-
-    assert spec.name is not None  # an unknown id was refused
-    return volumes.find_or_create(
-        spec.name,
-        size_gb=spec.size_gb,
-        interface="file" if nodes > 1 else spec.interface,  # several nodes share it
-        region=spec.region or region,
-        project=settings.project,
-    )
 
 
 def _with_options(mount: Mount, settings: configuration.Config) -> Mount:

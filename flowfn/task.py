@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from flowfn_runtime import taskdb, taskdir, tasksql
-from flowfn_runtime.errors import CallCancelled, FlowError, TaskError, TaskFailed, TaskNotFound, WorkerLost
+from flowfn_runtime import taskdb, tasksql
+from flowfn_runtime.errors import CallCancelled, FlowError, TaskError, TaskFailed, WorkerLost
 
 from . import config as configuration
+from . import places
 
 if TYPE_CHECKING:
     from .spec import FunctionSpec
@@ -28,10 +27,14 @@ class Instance:
 
 
 class Task:
-    """A task of this host. It runs whether or not anybody holds its handle; any process can get one by `Task.get`."""
+    """A task, here or elsewhere. It runs whether or not anybody holds its handle; any process gets it by `Task.get`."""
 
     def __init__(self, row: taskdb.TaskRow) -> None:
-        self._row = row
+        self._place = places.place_of(row)
+
+    @property
+    def _row(self) -> taskdb.TaskRow:
+        return self._place.row
 
     @classmethod
     def get(cls, task: str) -> Task:
@@ -53,13 +56,21 @@ class Task:
         return self._row.name
 
     @property
+    def backend(self) -> str:
+        """The backend that runs it: "local", "ssh://gpu7", "slurm" and so on."""
+        return self._row.backend
+
+    @property
     def command(self) -> str:
         """The beginning of its command, in one line."""
         return self._row.command
 
     @property
     def status(self) -> Literal["pending", "running", "completed", "failed", "cancelled"]:
-        """What it is doing now: asked for anew each time, until it has ended."""
+        """What it is doing now: asked for anew each time, until it has ended.
+
+        Where the place that runs it does not answer, it is what was known last, and `reason` says so.
+        """
         return self.refresh()._row.state  # type: ignore[return-value]
 
     state = status
@@ -101,14 +112,18 @@ class Task:
 
     def refresh(self) -> Task:
         """Look at the task anew, unless it has ended; returns itself."""
-        if self._row.active:
-            self._row = taskdb.get(self._row.id)
+        self._place.refresh()
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """What is known of it, JSON-able."""
         fields = self.refresh()._row.to_dict()
-        return fields | {"endpoints": {str(port): self.endpoint(port) for port in self._row.ports}}
+        endpoints = {str(port): self.endpoint(port) for port in self._row.ports} if self._reachable else {}
+        return fields | {"endpoints": endpoints}
+
+    @property
+    def _reachable(self) -> bool:
+        return not self._row.place or self._row.active
 
     def __repr__(self) -> str:
         row = self._row
@@ -124,30 +139,14 @@ class Task:
 
     def wait(self, timeout: float | None = None) -> Task:
         """Sleep until it has ended; returns itself. Raises `TimeoutError` after `timeout` seconds."""
-        directory = self._directory
-        if timeout is None:
-            while self.refresh()._row.active:
-                taskdir.wait_released(directory)
-            return self
-        from .watch import Watch
-
-        deadline = time.monotonic() + timeout
-        if self.refresh()._row.active:
-            with Watch(directory) as watch:
-                while self.refresh()._row.active:
-                    if taskdir.is_held(directory) and not watch.wait(deadline):
-                        raise TimeoutError(f"task {self.name} is still {self._row.state} after {timeout:g} s")
+        if not self._place.wait(taskdb.ACTIVE, timeout):
+            raise TimeoutError(f"task {self.name} is still {self._row.state} after {timeout:g} s")
         return self
 
     def wait_started(self, timeout: float | None = None) -> Task:
         """Sleep until its command runs, or it has ended; returns itself. Raises `TimeoutError`."""
-        from .watch import Watch
-
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with Watch(self._directory) as watch:
-            while self.refresh()._row.state == taskdb.PENDING:
-                if taskdir.is_held(self._directory) and not watch.wait(deadline):
-                    raise TimeoutError(f"task {self.name} is still pending after {timeout:g} s: {self._row.reason}")
+        if not self._place.wait((taskdb.PENDING,), timeout):
+            raise TimeoutError(f"task {self.name} is still pending after {timeout:g} s: {self._row.reason}")
         return self
 
     def result(self, timeout: float | None = None) -> Any:
@@ -160,7 +159,7 @@ class Task:
         row = self.wait(timeout)._row
         if row.state == taskdb.CANCELLED:
             raise CallCancelled(f"task {row.name} was cancelled" + (f": {row.reason}" if row.reason else ""))
-        if os.path.exists(os.path.join(self._directory, "call")):
+        if self._place.is_call:
             return self._value(row)
         if row.state == taskdb.FAILED:
             raise self._failure(row, TaskFailed(f"task {row.name} failed: {row.reason}", hint=self._see_logs))
@@ -169,16 +168,7 @@ class Task:
     def _value(self, row: taskdb.TaskRow) -> Any:
         from flowfn_runtime import callfile, exceptions, pickling
 
-        found = None
-        try:
-            fd = os.open(os.path.join(self._directory, "result"), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            pass
-        else:
-            try:
-                found = callfile.read(fd)
-            finally:
-                os.close(fd)
+        found = self._place.outcome()
         if found is None:
             if row.exit_code is None:
                 raise TaskFailed(f"task {row.name} failed: {row.reason}")
@@ -217,27 +207,20 @@ class Task:
         With `follow`, an iterator of lines, each as it comes, which ends with the task. `node` is the rank of the node.
         """
         self._check_node(node)
-        from . import tasklogs
-
         if follow:
-            lines = tasklogs.follow(self._directory, [(node, stderr)], lines=tail)
-            return (line for _node, _stderr, line in lines)
-        return tasklogs.tail(tasklogs.path_of(self._directory, node, stderr), tail)
+            return (line for _node, _stderr, line in self._place.follow([(node, stderr)], tail))
+        return self._place.tail(node, stderr, tail)
 
     def follow(self, *, tail: int | None = None, nodes: list[int] | None = None) -> Iterator[tuple[int, bool, str]]:
         """Yield (rank of the node, whether it is stderr, line) as lines come, until the task has ended."""
-        from . import tasklogs
-
         wanted = list(range(self._row.nodes)) if nodes is None else nodes
         for node in wanted:
             self._check_node(node)
-        return tasklogs.follow(self._directory, [(n, err) for n in wanted for err in (False, True)], lines=tail)
+        return self._place.follow([(n, err) for n in wanted for err in (False, True)], tail)
 
     def _check_node(self, node: int) -> None:
         if not 0 <= node < self._row.nodes:
             raise TaskError(f"task {self.name} has no node {node}", hint=f"Its nodes are 0 to {self._row.nodes - 1}.")
-        if not os.path.isdir(self._directory):
-            raise TaskNotFound(f"the directory of task {self.name} is gone: {self._directory}")
 
     # -- doing something about it
 
@@ -249,10 +232,9 @@ class Task:
         if not self.refresh()._row.active:
             return self
         try:
-            taskdir.request_cancel(self._directory, reason)
+            self._place.cancel(reason)
         except OSError as error:
-            raise tasksql.explain(error) from error
-        _signal_supervisor(self._directory)
+            raise (error if isinstance(error, FlowError) else tasksql.explain(error)) from None
         return self
 
     def stop(self) -> Task:
@@ -264,7 +246,7 @@ class Task:
         if port not in self._row.ports:
             ports = ", ".join(map(str, self._row.ports)) or "none"
             raise TaskError(f"task {self.name} has no port {port}", hint=f"Its ports are: {ports}. Name it in ports=.")
-        return f"http://127.0.0.1:{port}"
+        return f"http://{self._place.address()}:{port}"
 
     def shell(self, command: str | None = None, node: int = 0) -> int:
         """Run a shell, or one command, among the running task's processes and files; returns its exit code."""
@@ -275,17 +257,15 @@ class Task:
 
     def get_instances(self) -> list[Instance]:
         """Its nodes; on this host all have the host's name and the loopback address."""
-        return [Instance(rank, os.uname().nodename, "127.0.0.1") for rank in range(self._row.nodes)]
+        address = self._place.address()
+        host = os.uname().nodename if self.backend == taskdb.LOCAL else address
+        return [Instance(rank, host, address) for rank in range(self._row.nodes)]
 
     def get_user(self) -> str:
         """Whose task it is."""
         import pwd
 
-        return pwd.getpwuid(os.stat(self._directory).st_uid).pw_name
-
-    @property
-    def _directory(self) -> str:
-        return taskdir.task_dir(self._row.id)
+        return pwd.getpwuid(os.stat(self._place.directory).st_uid).pw_name
 
 
 def submit_call(spec: FunctionSpec, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
@@ -296,21 +276,3 @@ def submit_call(spec: FunctionSpec, fn: Callable[..., Any], args: tuple[Any, ...
     from .durable import submit_function
 
     return submit_function(spec, fn, args, kwargs)
-
-
-def _signal_supervisor(directory: str) -> None:
-    """Wake the task's supervisor with SIGTERM. It reads then what is asked of it."""
-    try:
-        with open(os.path.join(directory, "pid")) as file:
-            pid = int(file.read())
-        pidfd = os.pidfd_open(pid)
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        return  # it hasn't come that far, and will look by itself; or it has ended
-    try:
-        # The lock is held now, so what the descriptor stands for is the supervisor and no later process of that number.
-        if taskdir.is_held(directory):
-            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    except ProcessLookupError:
-        pass
-    finally:
-        os.close(pidfd)

@@ -100,6 +100,9 @@ class TaskConfig(_Model):
     command: str | list[str] | None = Field(
         default=None, description="shell lines, or a program and its arguments; None: stay up until cancelled"
     )
+    backend: Any = Field(
+        default=None, description='where it runs: "local", "ssh://host", "slurm", ...; the configured one unless given'
+    )
     image: str | None = Field(default=None, description="container image, for backends that run containers")
     working_dir: str = "/workspace"
     env: dict[str, str] = Field(default_factory=dict, repr=False)

@@ -9,7 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flowfn_runtime.errors import ConfigError
+
 if TYPE_CHECKING:
+    from flowfn.backends.jobs import Jobs
     from flowfn.spec import FunctionSpec
     from flowfn_runtime import wire
 
@@ -76,6 +79,21 @@ class Backend(ABC):
     def has_room(self, spec: FunctionSpec) -> bool:
         """Whether a worker with the GPUs of `spec` can start now. If not, idle ones of other shapes are ended first."""
         return True
+
+    def jobs(self) -> Jobs | None:
+        """Who runs tasks for this backend (`fn.submit`, commands); None: this host. Raises ConfigError if nobody does.
+
+        See `flowfn.backends.jobs`.
+        """
+        raise ConfigError(
+            f"the {self.name} backend can't run tasks",
+            hint='submit them with backend="local", or use .remote(), .spawn() or .map()',
+        )
+
+    @classmethod
+    def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:
+        """The same in a later process, from what `Jobs.place` said."""
+        raise ConfigError(f"the {cls.name} backend can't run tasks")
 
     def close(self) -> None:  # noqa: B027 - most backends keep nothing
         """Free what the backend keeps beside its workers."""

@@ -329,6 +329,9 @@ class LocalBackend(Backend):
         self._hosts: dict[Any, _Host] = {}
         self._lock = threading.Lock()
 
+    def jobs(self) -> None:
+        """This host runs its tasks itself."""
+
     def connect(self, spec: FunctionSpec) -> Connection:
         if spec.image is not None:
             raise BackendUnavailable(

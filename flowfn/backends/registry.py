@@ -61,6 +61,12 @@ def names() -> list[str]:
     return sorted({entry.name for entry in entry_points(group=GROUP)} | set(BUILT_IN))
 
 
+def kind(name: str) -> type[Backend]:
+    """The class of the backends of that name."""
+    loaded: type[Backend] = _load(name)
+    return loaded
+
+
 def _load(kind: str) -> Any:
     target = BUILT_IN.get(kind)
     if target is None:

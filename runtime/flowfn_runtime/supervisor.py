@@ -47,6 +47,7 @@ class Supervisor:
         self._started_at: float | None = None
         self._attempts = 0
         self._nodes: Nodes | None = None
+        self._plain = spec["box"] == "plain"  # no sandbox that would end all that was started in it
         self._error: FlowError | None = None  # what a call's result is to raise, if not what its function did
 
     def run(self) -> Ended:
@@ -102,9 +103,12 @@ class Supervisor:
 
     def _report(self, reason: str) -> None:
         """Say in the register what the task waits for."""
+        self._record(reason=reason)
+
+    def _record(self, **fields: Any) -> None:
         from . import taskdb
 
-        taskdb.update(self.spec["id"], reason=reason)
+        taskdb.update(self.spec["id"], **fields)
 
     # -- while it runs
 
@@ -133,19 +137,15 @@ class Supervisor:
         limit = self.spec["max_run_time_s"]
         try:
             # After the start: the command runs while we write this down.
-            from . import taskdb
-
-            taskdb.update(
-                self.spec["id"],
-                state=taskdb.RUNNING,
-                reason="",
-                started_at=self._started_at,
-                attempts=self._attempts,
-            )
+            self._record(state="running", reason="", started_at=self._started_at, attempts=self._attempts)
             taskdir.mark_started(self.directory)
         except (FlowError, OSError) as error:
             _say(str(error))  # the task runs all the same
         ended = self._watch(pids, None if not limit else time.monotonic() + limit)
+        if self._plain:
+            from . import limits
+
+            limits.kill_orphans(others)
         proctree.reap_all(others)
         return ended
 
@@ -171,6 +171,8 @@ class Supervisor:
                     kill_at = now + self.spec["grace_s"]
                     for pid in running:
                         proctree.signal_tree(pid, signal.SIGTERM, skip=proctree.is_namespace_init)
+                        if self._plain:
+                            proctree.send(pid, signal.SIGTERM)
                 elif now >= kill_at:
                     for pid in running:
                         proctree.send(pid, signal.SIGKILL)  # the sandbox's own processes die with it
@@ -241,10 +243,8 @@ class Supervisor:
         if self._nodes is not None:
             self._nodes.close()
         taskdir.remove_tree(os.path.join(self.directory, "scratch"))
-        from . import taskdb
-
         try:
-            taskdb.update(self.spec["id"], **outcome)
+            self._record(**outcome)
         except FlowError as error:
             _say(str(error))  # whoever reads next settles it from the outcome
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # by name: a process forked by the client may have the same open file

@@ -26,8 +26,9 @@ STATES = (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED)
 
 _COLUMNS = (
     "seq, id, project, name, state, reason, command, gpu, nodes, ports, created_at, started_at, ended_at, exit_code, "
-    "attempts, boot_id"
+    "attempts, boot_id, backend, place"
 )
+LOCAL = "local"
 
 
 class TaskRow(NamedTuple):
@@ -49,6 +50,8 @@ class TaskRow(NamedTuple):
     exit_code: int | None  # None: not ended, or never started
     attempts: int  # how often it was started
     boot_id: str  # the run of the host's kernel in which it was submitted
+    backend: str = LOCAL  # the engine that runs it, as listings name it
+    place: str = ""  # where that is asked for it, as JSON; "": here
 
     @property
     def active(self) -> bool:
@@ -58,7 +61,7 @@ class TaskRow(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-able."""
         fields = self._asdict()
-        del fields["boot_id"], fields["seq"]
+        del fields["boot_id"], fields["seq"], fields["place"]
         return fields | {"ports": list(self.ports)}
 
 
@@ -138,7 +141,7 @@ def remove(task_ids: Sequence[str]) -> None:
 
 def _refuse_conflicts(db: sqlite3.Connection, row: TaskRow, depends_on: Sequence[str]) -> None:
     def alive(other: TaskRow) -> bool:
-        return taskdir.is_held(taskdir.task_dir(other.id))
+        return bool(other.place) or taskdir.is_held(taskdir.task_dir(other.id))
 
     active = "state IN ('pending', 'running')"
     for found in db.execute(
@@ -154,7 +157,7 @@ def _refuse_conflicts(db: sqlite3.Connection, row: TaskRow, depends_on: Sequence
     for found in db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE {active} AND ports != '[]'").fetchall():
         other = _row(found)
         taken = sorted(set(other.ports) & set(row.ports))
-        if taken and other.id not in depends_on and alive(other):
+        if taken and other.id not in depends_on and other.place == row.place and alive(other):
             raise ResourceUnavailable(
                 f"port {taken[0]} belongs to task {other.name} ({other.id}), which is {other.state}",
                 hint=f"Choose another port, or cancel that task: flow cancel {other.id}",
@@ -229,6 +232,14 @@ def list_tasks(project: str | None, *, states: Sequence[str] = (), limit: int | 
     return found if limit is None else found[:limit]
 
 
+def elsewhere(project: str | None) -> list[TaskRow]:
+    """The active tasks of the project (of all if None) that other places run."""
+    query = f"SELECT {_COLUMNS} FROM tasks WHERE state IN ('pending', 'running') AND place != ''"
+    values = () if project is None else (project,)
+    rows = read(lambda db: db.execute(query + (" AND project = ?" if values else ""), values).fetchall())
+    return [_row(row) for row in rows or ()]
+
+
 def _page(project: str | None, states: Sequence[str], before: int, size: int) -> list[TaskRow]:
     wanted = list(states)
     if FAILED in wanted or CANCELLED in wanted or COMPLETED in wanted:
@@ -250,8 +261,8 @@ def _page(project: str | None, states: Sequence[str], before: int, size: int) ->
 def settled(row: TaskRow) -> TaskRow:
     """`row`, unless it says active and its supervisor is gone: then what became of the task, which is written down."""
     directory = taskdir.task_dir(row.id)
-    if not row.active or taskdir.is_held(directory):
-        return row
+    if not row.active or row.place or taskdir.is_held(directory):
+        return row  # of tasks elsewhere the client finds out
     fresh = read(lambda db: db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (row.id,)).fetchone())
     if fresh is None or not (row := _row(fresh)).active:
         return row if fresh is not None else row._replace(state=FAILED, reason="it was removed")
@@ -273,6 +284,8 @@ def _what_became(row: TaskRow, directory: str) -> dict[str, Any]:
         state = CANCELLED
     elif row.boot_id != taskdir.boot_id():
         state, reason = FAILED, "the host was restarted"
+        if row.state == PENDING:
+            reason += " while it waited, and it has not begun"
     elif not os.path.isdir(directory):
         state, reason = FAILED, "its directory was removed"
     else:
@@ -294,6 +307,8 @@ def _values(row: TaskRow) -> tuple[Any, ...]:
             row.exit_code,
             row.attempts,
             row.boot_id,
+            row.backend,
+            row.place,
         ),
     )
 

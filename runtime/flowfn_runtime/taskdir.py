@@ -95,6 +95,13 @@ def mark_started(directory: str) -> None:
     os.close(os.open(os.path.join(directory, "started"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
+def write_private(directory: str, name: str, content: bytes) -> None:
+    """Write a new file of the directory, which only this user can read."""
+    fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)
+
+
 def write_json(directory: str, name: str, value: dict[str, Any]) -> None:
     """Write a file of the directory, whole or not at all, and on the disk when this returns."""
     import json
@@ -159,6 +166,27 @@ def request_cancel(directory: str, reason: str) -> None:
         return
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(reason)
+
+
+def cancel(directory: str, reason: str) -> None:
+    """Have a task ended by its supervisor, which is woken. Raises OSError if word can't be left."""
+    import signal
+
+    request_cancel(directory, reason)
+    try:
+        with open(os.path.join(directory, "pid")) as file:
+            pid = int(file.read())
+        pidfd = os.pidfd_open(pid)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return  # it hasn't come that far, and will look by itself; or it has ended
+    try:
+        # The lock is held now, so what the descriptor stands for is the supervisor and no later process of that number.
+        if is_held(directory):
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(pidfd)
 
 
 def remove_tree(path: str) -> None:

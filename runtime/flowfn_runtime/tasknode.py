@@ -1,8 +1,8 @@
 """The nodes of a task on this host: what each is given (GPUs, data, code, environment) and how it is started.
 
-Every node is a sandbox: a filesystem of its own with the project's code at the working directory, the mounts at their
-targets and nothing of other tasks. A task of one node is the common case; further ones share the mounts, and have
-working directories, unnamed volumes and logs of their own.
+Every node is in a box (`taskbox`), as a rule a sandbox: a filesystem of its own with the project's code at the working
+directory, the mounts at their targets and nothing of other tasks. A task of one node is the common case; further ones
+share the mounts, and have working directories, unnamed volumes and logs of their own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from .data.mounts import Staged
     from .gpus import Claim, Gpu
     from .sandbox import Bind
+    from .taskbox import Command
 
-WORKSPACE = "/workspace"
-_RUN_CALL = "import sys; sys.path.append(sys.argv.pop()); from flowfn_runtime.taskcall import main; main()"
 CALL_FD, RESULT_FD = "FLOW_CALL_FD", "FLOW_RESULT_FD"  # how a call made durable finds its pickle and its outcome
 # Rendezvous ports are taken below the range from which the kernel gives out ports of its own.
 _PORTS = range(20000, 32768)
@@ -41,7 +40,7 @@ class Nodes:
         self._fds: list[int] = []
         self._null = self._keep(os.open(os.devnull, os.O_RDONLY))
         self._logs = [] if terminal else [self._open_logs(rank) for rank in range(self._count)]
-        self._commands: list[tuple[list[str], dict[str, str]]] = []
+        self._commands: list[Command] = []
         # Shared by every process of the sandboxes: while one lives, this lock is held.
         self._tree = os.open(os.path.join(directory, "tree"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
@@ -49,6 +48,7 @@ class Nodes:
         """Get all that the nodes share, waiting where others have it; `report` is told what is waited for."""
         # Volumes before GPUs: no task ever holds devices while it waits for something else.
         self._stage(report)
+        self._get_image(report)
         self._claim(report)
 
     def build(self) -> None:
@@ -72,12 +72,12 @@ class Nodes:
         if self._spec["call"]:
             self._open_call()
         pids = []
-        for rank, (argv, env) in enumerate(self._commands):
+        for rank, command in enumerate(self._commands):
             if self._terminal:
                 stdin, stdout, stderr = 0, 1, 2
             else:
                 stdin, (stdout, stderr) = self._null, self._logs[rank]
-            pids.append(proctree.start(argv, env, stdin=stdin, stdout=stdout, stderr=stderr))
+            pids.append(proctree.start(command.argv, command.env, stdin=stdin, stdout=stdout, stderr=stderr))
         return pids
 
     def note(self, text: str) -> None:
@@ -118,8 +118,8 @@ class Nodes:
         out = self._keep(os.open(result, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
         for fd, name in ((call, CALL_FD), (out, RESULT_FD)):
             os.set_inheritable(fd, True)
-            for _argv, env in self._commands:
-                env[name] = str(fd)
+            for command in self._commands:
+                command.env[name] = str(fd)
 
     def _stage(self, report: Callable[[str], None]) -> None:
         if not self._spec["mounts"]:
@@ -130,6 +130,22 @@ class Nodes:
         mounts = [Mount.from_dict(mount) for mount in self._spec["mounts"]]
         report("its data is being staged")
         self._staged = stage(mounts, env=self._spec["env"], project=self._spec["project"])
+
+    def _get_image(self, report: Callable[[str], None]) -> None:
+        """The virtual environment that the task runs in, if it wants one of its own."""
+        if not (image := self._spec.get("environment")):
+            return
+        from . import environments
+
+        def tell(*, log: str, step: str) -> None:
+            self.note(f"{step}: {log.rstrip()}")
+
+        report("its image is being built")
+        place, lease = environments.ready(image, tell, self._spec["env"])
+        self._keep(lease)
+        self._spec["python"] = f"{place}/bin/python"
+        self._spec["readable"] = [*self._spec["readable"], place]
+        self._spec["env"] = {"VIRTUAL_ENV": place, **image["env"], **self._spec["env"]}
 
     def _claim(self, report: Callable[[str], None]) -> None:
         if not self._spec["gpus"]:
@@ -177,8 +193,8 @@ class Nodes:
             return self._keep(lock) and port
         raise FlowError("no free port was found for the nodes to meet at")
 
-    def _command(self, rank: int, shared: list[Bind], port: int) -> tuple[list[str], dict[str, str]]:
-        from . import project, sandbox
+    def _command(self, rank: int, shared: list[Bind], port: int) -> Command:
+        from . import project, taskbox
         from .sandbox import Bind
 
         spec = self._spec
@@ -190,54 +206,19 @@ class Nodes:
             volume = os.path.join(scratch, f"volume-{number}")
             os.makedirs(volume, exist_ok=True)
             binds.append(Bind(volume, target, False))
-        hide = [paths.home(), paths.cache()]
-        if spec["call"]:
-            from .data import store
-
-            # References are staged into the cache from inside, and what is too big for them goes into the store.
-            binds += [Bind(path, path, False) for path in store.shared_dirs()]
-            hide.remove(paths.cache())
+        store = os.path.join(paths.home(), "code")
         if spec["code"]:
-            project.lay_out(spec["code"], os.path.join(paths.home(), "code"), workspace)
+            project.lay_out(spec["code"], store, workspace)
+        roots = []
+        for number, digest in enumerate(spec["roots"], 1):
+            roots.append(os.path.join(scratch, f"root-{number}"))
+            os.makedirs(roots[-1])
+            project.lay_out(digest, store, roots[-1])
         devices = self._devices(rank)
-        cwd = spec["working_dir"]
-        targets = {bind.target for bind in binds}
-        if any(cwd == target or cwd.startswith(target + "/") for target in targets):
-            # The command starts in a mount; the code is where it is by default, unless a mount is there as well.
-            if WORKSPACE not in targets:
-                binds.append(Bind(workspace, WORKSPACE, False))
-            workdir = None
-        else:
-            workdir = workspace
-        argv = sandbox.command(
-            self._program(),
-            binds,
-            cwd=cwd,
-            workdir_host=workdir,
-            hide=hide,
-            readable=spec["readable"],
-            devices=None if devices else (),
-        )
-        return argv, self._environment(rank, port, devices)
-
-    def _program(self) -> list[str]:
-        if self._spec["call"]:
-            return [self._spec["python"], "-c", _RUN_CALL, self._spec["runtime"]]
-        command = self._spec["command"]
-        if command is None:
-            return ["sleep", "infinity"]
-        if isinstance(command, list):
-            return command
-        bash = next(
-            (path for path in ("/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash") if os.path.exists(path)), None
-        )
-        return [bash or "/bin/sh", "-c", command]
+        room = taskbox.Room(workspace, roots, binds, bool(devices) or spec["gpus"] is None)
+        return taskbox.command(spec, room, self._environment(rank, port, devices))
 
     def _environment(self, rank: int, port: int, devices: list[Gpu]) -> dict[str, str]:
-        import json
-
-        from .sandbox import environment
-
         spec = self._spec
         env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
         # `python` is the one that submitted, with the packages it has.
@@ -267,13 +248,10 @@ class Nodes:
             from .data.references import UPLOAD_LOCAL
 
             env |= {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache(), UPLOAD_LOCAL: "1"}
-            env["FLOW_CALL_PATH"] = json.dumps(spec["sys_path"])
         if spec["volume_urls"]:
+            import json
+
             env["FLOW_MOUNTS"] = json.dumps(spec["volume_urls"])
-        env["CUDA_VISIBLE_DEVICES"] = env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.visible for gpu in devices)
-        return environment(env | spec["env"])
-
-
-def project_store() -> str:
-    """Where the projects of tasks are kept."""
-    return os.path.join(paths.home(), "code")
+        if spec["gpus"] is not None:  # else an engine has given them
+            env["CUDA_VISIBLE_DEVICES"] = env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.visible for gpu in devices)
+        return {**env, **spec["env"]}

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 60.0
-_SCHEMA = (
+_FIRST = (
     """
     CREATE TABLE tasks (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,   -- the order of submission
@@ -49,6 +49,12 @@ _SCHEMA = (
     # Which block volumes a task has to itself.
     "CREATE TABLE holds (volume_id TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (volume_id, seq)) WITHOUT ROWID",
 )
+_SECOND = (
+    "ALTER TABLE tasks ADD COLUMN backend TEXT NOT NULL DEFAULT 'local'",
+    "ALTER TABLE tasks ADD COLUMN place TEXT NOT NULL DEFAULT ''",  # JSON: where to ask for it; '': here
+    "CREATE INDEX tasks_elsewhere ON tasks (seq) WHERE state IN ('pending', 'running') AND place != ''",
+)
+_SCHEMAS = (_FIRST, _SECOND)  # what each version adds
 
 
 def _database() -> str:
@@ -71,8 +77,8 @@ def write(work: Callable[[sqlite3.Connection], T]) -> T:
         with connection("rwc") as db:
             db.execute("BEGIN IMMEDIATE")
             try:
-                if _schema_version(db) < _SCHEMA_VERSION:
-                    for statement in _SCHEMA:
+                if (version := _schema_version(db)) < _SCHEMA_VERSION:
+                    for statement in (statement for added in _SCHEMAS[version:] for statement in added):
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
                 result = work(db)
@@ -92,7 +98,13 @@ def read(work: Callable[[sqlite3.Connection], T]) -> T | None:
     if not os.path.exists(_database()):
         return None
     with connection("ro") as db:
-        return work(db) if _schema_version(db) else None
+        version = _schema_version(db)
+        if version == _SCHEMA_VERSION:
+            return work(db)
+    if not version:
+        return None
+    write(lambda db: None)  # an older flowfn's: it gets what was added since
+    return read(work)
 
 
 @contextmanager

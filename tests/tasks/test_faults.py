@@ -132,7 +132,7 @@ def test_after_a_restart_of_the_host_nothing_reads_as_running(
     states = {task.task_id: (task.status, task.reason) for task in client.list_tasks(limit=None)}
     assert states == {
         running.task_id: ("failed", "the host was restarted"),
-        queued.task_id: ("failed", "the host was restarted"),
+        queued.task_id: ("failed", "the host was restarted while it waited, and it has not begun"),
         finished.task_id: ("completed", ""),
     }
     assert client.get_task(running.task_id).logs() == "up\n"

@@ -8,7 +8,7 @@ import time
 from functools import lru_cache
 from typing import Any
 
-from flowfn_runtime.errors import TaskError
+from .errors import TaskError
 
 _MODIFY, _CLOSE_WRITE, _MOVED_TO, _CREATE, _DELETE_SELF = 0x2, 0x8, 0x80, 0x100, 0x400
 

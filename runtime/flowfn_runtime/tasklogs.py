@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from flowfn_runtime import taskdir
-
+from . import taskdir
 from .watch import Watch
 
 _BLOCK = 1 << 16
 
 
-def path_of(directory: str, node: int, stderr: bool) -> str:
-    """The file that holds a stream of a node."""
-    return os.path.join(directory, f"{node}.{'err' if stderr else 'out'}")
+def name_of(node: int, stderr: bool) -> str:
+    """The name of the file that holds a stream of a node."""
+    return f"{node}.{'err' if stderr else 'out'}"
+
+
+def start_of(path: str, lines: int) -> int:
+    """Where the last `lines` lines of a file begin."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size - len(_last_lines(file.fileno(), lines))
+    except FileNotFoundError:
+        return 0
 
 
 def tail(path: str, lines: int | None) -> str:
@@ -52,7 +60,7 @@ def follow(
 
     Lines keep their newline; the last one of a stream may have none. The supervisor's death ends it as well.
     """
-    readers = [_Reader(path_of(directory, node, stderr), lines) for node, stderr in streams]
+    readers = [_Reader(os.path.join(directory, name_of(node, stderr)), lines) for node, stderr in streams]
     with Watch(directory) as watch:
         while True:
             # In this order: what is written before the end is read after it was seen.

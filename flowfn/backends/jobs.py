@@ -1,0 +1,112 @@
+"""The contract of a backend that runs tasks: start one there, and answer for it to any later process.
+
+A task has the same id here and there, and a row in the register here, which says by `place` who is asked for it. There
+it is a directory (see `flowfn_runtime.taskdir`) whose files are read: what it wrote, what came of it. Everything else
+(names, listings, waiting, results, logs as lines) is the client's, and is the same for every backend.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flowfn_runtime.errors import ResourceUnavailable
+
+if TYPE_CHECKING:
+    from flowfn.plan import Draft
+
+CHUNK_BYTES = 1 << 22  # how much of a file is asked for at a time
+
+
+class State(NamedTuple):
+    """How a task is there."""
+
+    state: str  # one of taskdb.STATES
+    reason: str = ""
+    exit_code: int | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    attempts: int = 0
+
+
+class More(NamedTuple):
+    """What was added to a task's files."""
+
+    added: Mapping[str, bytes]
+    ended: bool  # the task has ended, and this is all
+
+
+class Jobs(ABC):
+    """Tasks of one place. Made by `Backend.jobs`, or in a later process by `Backend.jobs_at(place)`.
+
+    All methods raise BackendUnavailable where the place does not answer: nothing is known of its tasks then.
+    """
+
+    label: str  # as listings name the place: "ssh://gpu7", "slurm"
+    place: Mapping[str, Any]  # JSON that `jobs_at` takes; `backend` in it is the backend's name. No secrets
+
+    def check(self, draft: Draft) -> None:  # noqa: B027 - what is wrong may be known there only
+        """Raise what `start` would raise, as far as that is known without starting anything."""
+
+    @abstractmethod
+    def start(self, draft: Draft) -> None:
+        """Have the task started, detached from this process. Values of its env may lie in no file of others.
+
+        Raises what is wrong with it. If it can't be known whether it was started: BackendUnavailable with an attribute
+        `uncertain`.
+        """
+
+    @abstractmethod
+    def states(self, ids: Sequence[str]) -> Mapping[str, State]:
+        """How these tasks are, by one question for all of them. Of those that are not known there nothing."""
+
+    @abstractmethod
+    def read(self, task_id: str, name: str, offset: int = 0) -> bytes:
+        """At most CHUNK_BYTES of one of its files, b"" at the end or if there is no such file."""
+
+    @abstractmethod
+    def end_of(self, task_id: str, name: str, lines: int) -> int:
+        """Where the last `lines` lines of one of its files begin."""
+
+    @abstractmethod
+    def more(self, task_id: str, offsets: Mapping[str, int], timeout: float) -> More:
+        """What was added to these files since; waits for something at most `timeout` seconds."""
+
+    @abstractmethod
+    def wait(self, task_id: str, timeout: float) -> None:
+        """Return when it may be that the task has another state than it had; after `timeout` seconds at the latest."""
+
+    @abstractmethod
+    def cancel(self, task_id: str, reason: str) -> None:
+        """Have it ended, with all that it started. Returns when that was asked for."""
+
+    @abstractmethod
+    def forget(self, ids: Sequence[str]) -> None:
+        """Remove all that is left of tasks that have ended."""
+
+    def address(self, task_id: str) -> str:
+        """The host where a port of the task answers, as seen from here."""
+        raise ResourceUnavailable(f"tasks on {self.label} have no ports that can be reached from here")
+
+    def close(self) -> None:  # noqa: B027 - most keep nothing
+        """Free what is kept beside the tasks."""
+
+
+def contents(jobs: Jobs, task_id: str, name: str) -> Iterator[bytes]:
+    """One of a task's files, in pieces."""
+    offset = 0
+    while piece := jobs.read(task_id, name, offset):
+        yield piece
+        offset += len(piece)
+
+
+def pauses(timeout: float, *, first: float = 0.1, most: float = 5.0) -> Iterator[None]:
+    """Longer and longer pauses, until `timeout` seconds are over: for places that tell nobody by themselves."""
+    deadline = time.monotonic() + timeout
+    pause = first
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(pause, left))
+        pause = min(pause * 1.4, most)
+        yield
