@@ -65,14 +65,13 @@ def main():
                 raise
     os.utime(place)
     sys.path.insert(0, place)
-    say(loaded=True)
 try:
     main()
 except Exception as error:
     say(error=type(error).__name__ + ": " + str(error))
     sys.exit(70)
 from flowfn_runtime import bootstrap
-bootstrap.main()
+bootstrap.main(b'flowfn-loader {"loaded": true}\n')
 """
 # Nothing from the working directory may stand in for a module of the standard library.
 START = "import sys; sys.path[:] = [p for p in sys.path if p]; exec(sys.argv[1])"
@@ -80,7 +79,9 @@ START = "import sys; sys.path[:] = [p for p in sys.path if p]; exec(sys.argv[1])
 # A version manager's stand-in for a Python that is not installed is no Python: hence the trial. It is a script; what is
 # none, and is called by the version, need not be tried.
 _SEARCH = """PATH="$PATH:$HOME/.local/bin:$HOME/.cargo/bin"
-p=$(command -v python%(v)s) && [ -x "$p" ] && IFS= read -r l <"$p" && case $l in "#!"*) ;; *) exec "$p" -c "$0" "$@";; esac
+if p=$(command -v python%(v)s) && [ -x "$p" ] && IFS= read -r first <"$p"; then
+  case $first in "#!"*) ;; *) exec "$p" -c "$0" "$@" ;; esac
+fi
 for p in python%(v)s python3 python; do
   "$p" -c "import sys; sys.exit(sys.version_info[:2] != (%(t)s))" </dev/null >/dev/null 2>&1 && exec "$p" -c "$0" "$@"
 done

@@ -62,7 +62,7 @@ class Worker:
             hello = {**self.connection.hello()}
             shm = bool(hello.get("shm") and there.get("shm"))
             self._path = sys.path[:] if "sys_path" in hello else None
-            self.stream.send(wire.HELLO, meta=json.dumps({**here, **hello, "shm": shm}).encode())
+            self.stream.send(wire.HELLO, meta=json.dumps({**here, **hello, "shm": shm}).encode(), later=not shm)
             wire.check_versions(here, there, where=f"the worker ({self.label})")
         except EOFError:
             how = self.connection.exit(EXIT_WAIT_S)
@@ -91,8 +91,9 @@ class Worker:
             self._functions[key] = number
             meta = json.dumps({"kwargs": shared.key}).encode() if shared else b""
             payload = version.payload
+            body, buffers = payload.data, payload.buffers
             self.stream.send(
-                wire.FUNCTION, arg=number, flags=self.ahead, meta=meta, body=payload.data, buffers=payload.buffers
+                wire.FUNCTION, arg=number, flags=self.ahead, meta=meta, body=body, buffers=buffers, later=True
             )
         return number
 

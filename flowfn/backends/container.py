@@ -165,9 +165,13 @@ class ContainerBackend(Backend):
             if spec.gpu:
                 options += self._gpus(spec, held, environ, generation)
             enforced = {"cpu"} if "cpuset" in self._limits() else set()
-            launch = shipping.launch(spec, enforce={"memory", "cpu"} - enforced, environ=environ, sandbox=False)
-            if spec.memory and "memory" in self._limits():
-                launch.setup["request"]["cgroup"] = True
+
+            def launch() -> shipping.Launch:
+                told = shipping.launch(spec, enforce={"memory", "cpu"} - enforced, environ=environ, sandbox=False)
+                if spec.memory and "memory" in self._limits():
+                    told.setup["request"]["cgroup"] = True
+                return told
+
             program = loader.program(self._python, cache=paths.cache())
             argv = [*self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
             argv += ["--entrypoint", program[0], image, *program[1:]]

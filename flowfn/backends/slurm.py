@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowfn import loader, shipping, slurm_options, terminal, threads
@@ -151,7 +151,7 @@ class _Start:
         """The options of the job, for messages."""
         return " ".join(self.options)
 
-    def __call__(self, launch: shipping.Launch) -> SlurmConnection:
+    def __call__(self, launch: Callable[[], shipping.Launch]) -> SlurmConnection:
         kind = functools.partial(SlurmConnection, backend=self.backend, start=self)
         environ = self.backend.environment()
         made = stream.start(self.argv, launch, label="slurm", environ=environ, explain=self.explain, kind=kind)
@@ -205,7 +205,8 @@ class SlurmBackend(Backend):
         generation = self._closed
         need, _ = self._choose(spec)
         environ = {"FLOW_HOME": self.options.home} if self.options.home else {}
-        launch = shipping.launch(spec, enforce=("cpu", "memory"), environ=environ, image=image)
+        enforce = ("cpu", "memory")
+        launch = functools.partial(shipping.launch, spec, enforce=enforce, environ=environ, image=image)
         program = ["/bin/sh", "-c", _SAY, "sh", *loader.program(self.options.python, cache=self.options.cache)]
         for attempt in range(1, ATTEMPTS + 1):
             start = _Start(self, spec, need.arguments() + self.options.arguments(), program)

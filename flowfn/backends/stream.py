@@ -235,9 +235,10 @@ def start(
                 launch = launch()
             if early:
                 early.ready()
-                _tell(connection, launch)
+                launch.send(connection.stream)
             else:
                 load(connection, launch)
+            _loaded(connection)
             prepare(connection, launch)
             return connection
         except EOFError:
@@ -289,22 +290,15 @@ def load(
     has = runtime.digest in there["runtimes"] or (elsewhere is not None and elsewhere())
     packed = b"" if has else runtime.pack()
     ask = {"digest": runtime.digest, "size": len(packed), "sha256": hashlib.sha256(packed).hexdigest()}
+    said = json.dumps(ask).encode() + b"\n" + packed
     try:
-        _write(stream.write_fd, json.dumps(ask).encode() + b"\n" + packed)
+        if launch is None:
+            _write(stream.write_fd, said)
+        else:
+            stream.held = said
+            launch.send(stream)
     except EOFError:
         pass  # it has ended, and may have said why
-    else:
-        if launch is not None:
-            _tell(connection, launch)
-    lines.next()
-    stream._rest = lines.rest
-
-
-def _tell(connection: StreamConnection, launch: Launch) -> None:
-    try:
-        launch.send(connection.stream)
-    except EOFError:
-        pass  # as above
 
 
 def _choose(there: dict[str, Any], label: str) -> dict[str, str] | None:
@@ -325,6 +319,13 @@ def _choose(there: dict[str, Any], label: str) -> dict[str, str] | None:
             hint=f"install Python {wanted} or uv there, or say where it is with python=",
         )
     return {"uv": there["uv"], "python": wanted, "start": loader.START}
+
+
+def _loaded(connection: StreamConnection) -> None:
+    """Return when the runtime runs there, which it says along with the first thing that it has to say."""
+    lines = _Lines(connection.stream.read_fd)
+    lines.next()
+    connection.stream._rest = lines.rest
 
 
 class _Lines:

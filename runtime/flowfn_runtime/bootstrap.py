@@ -34,8 +34,8 @@ from .errors import BackendError, FlowError
 EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
 
 
-def main() -> None:
-    """Entry: serve the client on standard input and output; does not return."""
+def main(first: bytes = b"") -> None:
+    """Entry: serve the client on standard input and output; does not return. `first` goes before all that is said."""
     limits.set_subreaper()
     read_fd, write_fd = logs.out_of_the_way(os.dup(0)), logs.out_of_the_way(os.dup(1))
     null = os.open(os.devnull, os.O_RDONLY)
@@ -43,6 +43,7 @@ def main() -> None:
     os.close(null)
     os.dup2(2, 1)
     stream = wire.Stream(read_fd, write_fd)
+    stream.held = first
     watch = HangUp(read_fd)
     try:
         setup = json.loads(stream.receive().meta)
@@ -56,7 +57,7 @@ def main() -> None:
         start = Start(setup, client)
         start.prepare()
         watch.stop()
-        client.ready()
+        client.ready(later=not start.elsewhere)
     except EOFError:
         os._exit(70)
     except Exception as error:
@@ -102,13 +103,13 @@ class Client:
     def __init__(self, stream: wire.Stream) -> None:
         self._stream = stream
 
-    def tell(self, **news: Any) -> None:
+    def tell(self, *, later: bool = False, **news: Any) -> None:
         """Something for the user to see."""
-        self._stream.send(wire.NEWS, meta=json.dumps(news).encode())
+        self._stream.send(wire.NEWS, meta=json.dumps(news).encode(), later=later)
 
-    def ready(self, **facts: Any) -> None:
-        """All is in place."""
-        self.tell(ready=True, pid=os.getpid(), **facts)
+    def ready(self, *, later: bool = False, **facts: Any) -> None:
+        """All is in place. `later`: it is said along with what comes next."""
+        self.tell(later=later, ready=True, pid=os.getpid(), **facts)
 
     def ask(self, **question: Any) -> wire.Frame:
         """Ask for something; the first frame of the answer."""
@@ -195,13 +196,18 @@ class Start:
         self.staged = data.stage(wanted, env=self.env, project=self.setup["project_name"], progress=progress)
         os.environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in wanted})
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the worker takes another program than this one, or another filesystem."""
+        another = self.staged is not None or self.python != sys.executable
+        return another or any(name.startswith(EARLY) for name in self.env)
+
     def run(self, stream: wire.Stream) -> None:
-        """Become the worker's host: in this process, unless it takes another program or filesystem."""
+        """Become the worker's host: in this process, if it can be."""
         os.environ.update(self.env)
         self.request["keep"] = list(self.env)
-        elsewhere = self.staged is not None or self.python != sys.executable
-        if not elsewhere and not any(name.startswith(EARLY) for name in self.env):
-            sys.exit(host.serve_stdio(self.request, stream.read_fd, stream.write_fd))
+        if not self.elsewhere:
+            sys.exit(host.serve_stdio(self.request, stream.read_fd, stream.write_fd, stream.held))
         runtime = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         boot = (
             "import sys; sys.path[:] = [p for p in sys.path if p]; "

@@ -391,12 +391,13 @@ def receive_packet(control: socket.socket, size: int = 1 << 20) -> tuple[bytes, 
     return data, list(fds)
 
 
-def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) -> int:
+def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, held: bytes = b"") -> int:
     """Run one worker on standard input and output, or on the two descriptors.
 
     The exit status is the worker's (128 + n for signal n). `request` may hold `sys_path`, entries to put before this
     Python's own; `alive_fd`, the reading end of a FIFO: when nobody has its other end any more the worker ends; and
-    `side_fd`, a socket for shared memory, where the client is on this machine.
+    `side_fd`, a socket for shared memory, where the client is on this machine. `held` goes before all that the worker
+    says.
     """
     sys.path[:0] = request.get("sys_path", ())
     if read_fd == 0:
@@ -409,7 +410,9 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1) ->
         signal.signal(number, lambda number, _: asked.append(number))
     alive = request.get("alive_fd")
     side = socket.socket(fileno=request["side_fd"]) if "side_fd" in request else None
-    host.fork(request, wire.Stream(read_fd, write_fd), side, [] if alive is None else [alive])
+    stream = wire.Stream(read_fd, write_fd)
+    stream.held = held
+    host.fork(request, stream, side, [] if alive is None else [alive])
     if side is not None:
         side.close()
     os.close(write_fd)

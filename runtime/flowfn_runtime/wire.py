@@ -84,6 +84,7 @@ class Stream:
         self.write_fd = write_fd
         self.arena: Arena | None = None
         self.mapped: Mapped | None = None
+        self.held = b""  # goes out with the next frame
         self._rest: Any = b""
         self._lock = threading.Lock()
 
@@ -99,8 +100,13 @@ class Stream:
         meta: bytes = b"",
         body: Any = b"",
         buffers: Sequence[Any] = (),
+        later: bool = False,
     ) -> None:
-        """Send one frame, whole. Raises EOFError when the other side is gone."""
+        """Send one frame, whole. Raises EOFError when the other side is gone.
+
+        `later`: a small one goes out with the next. Where the stream passes through somebody's sockets, as srun's, the
+        second of two small ones that are sent one after the other takes 40 ms: it waits until the first is confirmed.
+        """
         arena = self.arena
         if self.mapped is not None and self.mapped.released:
             self._send_released()
@@ -115,7 +121,7 @@ class Stream:
                 self._write(kind, flags, call, arg, segment.number, meta, body, segment.fill(buffers), ())
                 return
         entries = [(len(b), 0) for b in buffers]
-        self._write(kind, flags, call, arg, 0, meta, body, entries, buffers)
+        self._write(kind, flags, call, arg, 0, meta, body, entries, buffers, later)
 
     def send_back(self, kind: int, *, call: int, arg: int, body: Any, buffers: list[Any]) -> None:
         """As `send`, of what nobody else needs: a segment in which all the buffers were received goes back with them.
@@ -140,6 +146,7 @@ class Stream:
         body: Any,
         entries: Sequence[tuple[int, int]],
         inline: Sequence[Any],
+        later: bool = False,
     ) -> None:
         head = HEAD.pack(MAGIC, kind, flags, call, arg, segment, len(entries), len(meta), len(body), 0)[:-4]
         head += zlib.crc32(head).to_bytes(4, "little")
@@ -153,6 +160,12 @@ class Stream:
         else:
             parts = [head, body, *inline] if len(body) else [head, *inline]
         with self._lock:
+            if later and len(parts) == 1:
+                self.held += parts[0]
+                return
+            if self.held:
+                parts.insert(0, self.held)
+                self.held = b""
             try:
                 if len(parts) == 1:
                     data = parts[0]
@@ -181,8 +194,9 @@ class Stream:
         """
         head = HEAD.pack(MAGIC, kind, flags, call, 0, 0, 0, 0, size, 0)[:-4]
         with self._lock:
+            held, self.held = self.held, b""
             try:
-                self._writev([memoryview(head + zlib.crc32(head).to_bytes(4, "little"))])
+                self._writev([memoryview(held + head + zlib.crc32(head).to_bytes(4, "little"))])
                 while size:
                     try:
                         size -= os.splice(pipe, self.write_fd, size)
