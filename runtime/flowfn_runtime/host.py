@@ -28,13 +28,12 @@ import sys
 import time
 from typing import Any
 
-from . import limits, wire, worker
+from . import limits, outcomes, wire, worker
 
 CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
 LAST_WORDS_BYTES = 1 << 13  # kept of what a worker printed just before it died
 EXIT_MARK = "flowfn-exit: "
-TIDY_S = 1.5  # how long a staging that nobody waits for any more may take to tidy up
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
 WARM_AFTER_S = 0.1  # not at once: a simple function needs none of it, and a short program may be over by then
 HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a socket's other end may close one half
@@ -247,7 +246,7 @@ def run_worker(
             assert claim is not None
             os.environ.update(claim.env)
     except Exception as error:
-        meta, payload = worker.failure(error)
+        meta, payload = outcomes.failure(error)
         stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
         return 0
     # What the client says of the environment is of before the claim.
@@ -277,7 +276,7 @@ def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> N
             warm_up()
             warm_at = None
         for end in host.ends:
-            _tell(control, end)
+            tell(control, end)
         host.ends.clear()
         if client_fd in ready:
             break
@@ -287,7 +286,9 @@ def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> N
                 break
             request = json.loads(data)
             if request["op"] == "launch":
-                launch(request, control, private)
+                from . import launching
+
+                launching.launch(request, control, private)
             elif request["op"] == "fork":
                 stream = wire.Stream(fds[0], fds[0])
                 side = socket.socket(fileno=fds[1]) if len(fds) > 1 else None
@@ -295,83 +296,14 @@ def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> N
                 stream.close()
                 if side is not None:
                     side.close()
-                _tell(control, {"id": request["id"], "pid": pid, "started": True})
+                tell(control, {"id": request["id"], "pid": pid, "started": True})
             elif request["op"] == "kill":
                 host.kill(request["id"])
     host.end()
 
 
-def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]) -> None:
-    """Become a host inside a filesystem of its own: stage the mounts, then start anew in a sandbox that has them.
-
-    What the staging holds (cached data, volumes) stays held by the descriptors that the sandbox inherits.
-    """
-    import base64
-
-    from . import exceptions
-
-    def progress(state: Any) -> None:
-        _tell(
-            control, {"progress": {"url": state.url, "done_bytes": state.done_bytes, "total_bytes": state.total_bytes}}
-        )
-
-    started = time.perf_counter()
-    _end_with_client(control)
-    try:
-        from . import sandbox
-        from .data import mounts, spec, store
-        from .data.references import UPLOAD_LOCAL
-
-        wanted = [spec.Mount.from_dict(mount) for mount in request["mounts"]]
-        sandbox.check()
-        staged = mounts.stage(wanted, env=request["env"], project=request["project"], progress=progress)
-        os.environ.update(sandbox.environment(os.environ))
-        os.environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in wanted})
-        os.environ[UPLOAD_LOCAL] = "1"  # the client does not see this filesystem's files
-        # References are staged into the cache from inside, and results too big for the wire go into the store.
-        binds = [sandbox.Bind(path, path, False) for path in store.shared_dirs()] + list(staged.binds)
-        argv = [sys.executable, "-c", request["boot"]]
-        # The thread of the client that started this process may end before it does: dying is seen to by the host.
-        command = sandbox.command(argv, binds, cwd=request["cwd"], die_with_parent=False)
-        for fd in (*inherited, *staged.lease_fds):
-            os.set_inheritable(fd, True)
-        seconds = time.perf_counter() - started
-        _tell(control, {"launched": True, "seconds": seconds, "fetched_bytes": staged.fetched_bytes})
-        os.execvp(command[0], command)
-    except BaseException as error:
-        payload = exceptions.dumps(error)
-        _tell(control, {"error": base64.b64encode(b"".join([payload.data, *payload.buffers])).decode()})
-        os._exit(1)
-
-
-def _end_with_client(control: socket.socket) -> None:
-    """While data is staged, which can take long: stop when the client is gone.
-
-    A thread waits for that, and interrupts this one, which tidies up. The program that is run in the end has neither.
-    """
-    import threading
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what tidies up is not interrupted again
-        raise SystemExit(1)
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(control, select.POLLRDHUP)
-        try:
-            poll.register(CLIENT_FD, select.POLLIN)
-        except OSError:
-            pass  # no process descriptors here
-        poll.poll()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(TIDY_S)
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    threading.Thread(target=watch, name="flowfn-client", daemon=True).start()
-
-
-def _tell(control: socket.socket, message: dict[str, Any]) -> None:
+def tell(control: socket.socket, message: dict[str, Any]) -> None:
+    """Send the client a message."""
     try:
         control.send(json.dumps(message).encode())
     except OSError:

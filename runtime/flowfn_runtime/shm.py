@@ -232,7 +232,7 @@ class Mapped:
         import ctypes
 
         place = (0, 0, 0)
-        entries = []
+        entries: list[tuple[int, int]] = []
         for buffer in buffers:
             try:
                 address = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))

@@ -13,7 +13,8 @@ import time
 import types
 from typing import TYPE_CHECKING, Any
 
-from . import bodies, exceptions, items, logs, pickling, wire
+from . import bodies, exceptions, logs, outcomes, pickling, wire
+from .batch import FLUSH_S, Batch
 from .errors import ProtocolError, SerializationError, VersionMismatch
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 EVERYBODY = 1 << 31  # as in shm, which is not imported unless it is used
 STREAM_WINDOW = 16  # values of a generator that may be under way
-FLUSH_S = 0.01  # how long a result of a batch may wait for company
-_STREAMS = (types.GeneratorType, types.AsyncGeneratorType)
 
 
 class Worker:
@@ -75,7 +74,7 @@ class Worker:
             _say_spent(error)
         except (ProtocolError, VersionMismatch) as error:
             payload = exceptions.dumps(error)
-            meta = _error_meta(error, "runtime")
+            meta = outcomes.error_meta(error, "runtime")
             self.stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
 
     def _forked(self) -> None:
@@ -225,21 +224,21 @@ class Worker:
             started = time.perf_counter()
             value = function(*args, **shared, **kwargs)
             args = kwargs = None
-            if type(value) in _STREAMS:
+            if type(value) in outcomes.STREAMS:
                 self._stream_values(call, value)
                 value = None
             else:
                 value = self.settle(value)
             if self.forked:
-                end_fork(None)
-            finish(references, True)
-            payload = result_payload(value)
+                outcomes.end_fork(None)
+            outcomes.finish(references, True)
+            payload = outcomes.payload(value)
             value = None
         except BaseException as error:
             if self.forked:
-                end_fork(error)
-            finish(references, False)
-            meta, payload = failure(error)
+                outcomes.end_fork(error)
+            outcomes.finish(references, False)
+            meta, payload = outcomes.failure(error)
             kind = wire.ERROR
             del error
         else:
@@ -272,8 +271,8 @@ class Worker:
         try:
             for value in values:
                 if self.forked:
-                    end_fork(None)
-                payload = result_payload(value)
+                    outcomes.end_fork(None)
+                payload = outcomes.payload(value)
                 self.capture.flush()
                 self.stream.send(wire.YIELD, call=call, body=payload.data, buffers=payload.buffers)
                 del value, payload
@@ -297,8 +296,6 @@ class Worker:
         finally:
             self.settle(_awaited(values.aclose()))
 
-    # batches
-
     def _batch(self, frame: wire.Frame) -> None:
         batch = self.batch = Batch(self, frame)
         del frame
@@ -307,102 +304,6 @@ class Worker:
         finally:
             self.batch = None
             self.capture.call = 0
-
-
-class Batch:
-    """Items of one map, run one after another; results leave when the batch is done or has taken FLUSH_S."""
-
-    def __init__(self, worker: Worker, frame: wire.Frame) -> None:
-        self.worker = worker
-        self.call = frame.call
-        self.number = frame.arg
-        self.star = frame.meta[:1] != b"1"  # whether an item is a tuple of arguments or the one argument
-        self.watched = frame.flags & wire.WANT_BEGIN
-        self.stops = frame.flags & wire.STOP
-        self.inputs = items.unpack(frame.flags, frame.meta[1:], frame.body, frame.buffers)
-        self.results: list[Any] = []
-        self.sent = 0
-        self.lock = threading.Lock()
-        self.started = self.flushed = self.item_started = time.perf_counter()
-        self._reported = -1
-
-    def run(self) -> None:
-        worker, results, inputs = self.worker, self.results, self.inputs
-        capture, plain = worker.capture, pickling.PLAIN
-        try:
-            function, shared = worker.function(self.number)
-        except BaseException as error:
-            function, shared = _raiser(error), {}
-        clock = time.perf_counter
-        star = self.star
-        capture.begin(self.call)
-        for index in range(len(inputs)):
-            item = inputs[index]
-            inputs[index] = None
-            if type(item) is items.Packed:
-                value: Any = self._general(function, shared, item)
-            else:
-                try:
-                    value = function(*item, **shared) if star else function(item, **shared)
-                    if type(value) not in plain:
-                        value = items.Packed(result_payload(_no_stream(worker.settle(value))))
-                except BaseException as error:
-                    if worker.forked:
-                        end_fork(error)
-                    value = _failed(error)
-            if worker.forked:
-                end_fork(None)
-            capture.flush()
-            results.append(value)
-            if worker.recalled == self.call or (self.stops and type(value) is items.Packed and value.head):
-                break
-            now = self.item_started = clock()
-            if now - self.flushed > FLUSH_S:
-                self.flush()
-        self.flush(last=True)
-
-    def _general(self, function: Callable[..., Any], shared: dict[str, Any], item: items.Packed) -> items.Packed:
-        references: list[Any] = []
-        try:
-            argument, references = self.worker.arguments(item.payload.data, item.payload.buffers)
-            item.payload = None  # type: ignore[assignment]
-            args = argument if self.star else (argument,)
-            argument = None
-            value = _no_stream(self.worker.settle(function(*args, **shared)))
-            args = ()
-            if self.worker.forked:
-                end_fork(None)
-            finish(references, True)
-            return items.Packed(result_payload(value))
-        except BaseException as error:
-            if self.worker.forked:
-                end_fork(error)
-            finish(references, False)
-            return _failed(error)
-
-    def flush(self, *, last: bool = False) -> bool:
-        """Send the results that were not sent yet, and which item runs now. False if there was nothing to say."""
-        with self.lock:
-            now = time.perf_counter()
-            done = len(self.results)
-            if done == self.sent and not last and (not self.watched or self._reported == done):
-                return False
-            first, values = self.sent, self.results[self.sent : done]
-            self.results[first:done] = [None] * (done - first)
-            flags, table, body, buffers = items.pack(values)
-            progress = items.PROGRESS.pack(done, now - self.item_started, now - self.started)
-            self.worker.stream.send(
-                wire.PART,
-                call=self.call,
-                arg=first,
-                flags=flags | (wire.LAST if last else 0),
-                meta=progress + table,
-                body=body,
-                buffers=buffers,
-            )
-            self.sent = self._reported = done
-            self.flushed = now
-            return True
 
 
 class _Lazy:
@@ -433,59 +334,6 @@ class _Objects(dict[str, Any]):
         return value
 
 
-def finish(references: list[Any], ok: bool) -> None:
-    """Publish or discard what a call's references hold. Publishing may raise; discarding does not."""
-    for reference in references:
-        try:
-            reference.finish(ok)
-        except Exception:
-            if ok:
-                raise
-
-
-def end_fork(error: BaseException | None) -> None:
-    """End a process that a call forked and that came back from the function: the call is its parent's."""
-    code = 0
-    try:
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        elif error is not None:
-            code = 1
-            sys.excepthook(type(error), error, error.__traceback__)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
-
-
-def result_payload(value: Any) -> pickling.Payload:
-    try:
-        return pickling.dumps(value)
-    except SerializationError as error:
-        error.args = (error.message.replace("value", "the result", 1),)
-        raise
-
-
-def failure(error: BaseException) -> tuple[bytes, pickling.Payload]:
-    """Meta and body of an ERROR: whose error it is, its type names, and the exception itself."""
-    skip = 0
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
-        skip += 1
-        traceback = traceback.tb_next
-    origin = "runtime" if isinstance(error, SerializationError) else "function"
-    return _error_meta(error, origin), exceptions.dumps(error, skip_frames=skip)
-
-
-def _failed(error: BaseException) -> items.Packed:
-    meta, payload = failure(error)
-    return items.Packed(payload, meta)
-
-
-def _error_meta(error: BaseException, origin: str) -> bytes:
-    return json.dumps({"origin": origin, "types": exceptions.type_names(error)}).encode()
-
-
 def _say_spent(error: BaseException) -> None:
     print(f"flowfn: this worker can't go on: {error}", file=sys.stderr, flush=True)
 
@@ -495,21 +343,6 @@ def _end_if_spent(error: BaseException | None) -> None:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         _say_spent(error)
         os._exit(0)
-
-
-def _raiser(error: BaseException) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return fail
-
-
-def _no_stream(value: Any) -> Any:
-    if type(value) in _STREAMS:
-        raise SerializationError(
-            "a generator can't be the result of one item of a map", hint="call .remote() per input"
-        )
-    return value
 
 
 async def _awaited(awaitable: Any) -> Any:
