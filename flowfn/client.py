@@ -11,6 +11,7 @@ from flowfn_runtime import taskdb
 from flowfn_runtime.errors import ConfigError, TaskError, ValidationError
 
 from . import config as configuration
+from . import places
 from .task import Task
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class Flow:
         for state in states:
             if state not in taskdb.STATES:
                 raise ValidationError(f"status={state!r}: the states of a task are {', '.join(taskdb.STATES)}")
+        places.look(self.config.project)
         return [Task(row) for row in taskdb.list_tasks(self.config.project, states=states, limit=limit)]
 
     def status(self, task_id: str) -> str:
@@ -202,13 +204,11 @@ class Flow:
 
     def delete_tasks(self, *tasks: Task | str) -> None:
         """Forget tasks that have ended: their logs, results and code go. Raises `TaskError` if one is active."""
-        from .places import remove
-
         found = [task if isinstance(task, Task) else self.get_task(task) for task in tasks]
         for task in found:
             if not task.is_terminal:
                 raise TaskError(f"task {task.name} is {task.status}", hint=f"End it first: flow cancel {task.name}")
-        remove([task._row for task in found])
+        places.remove([task._row for task in found])
 
     def shell(self, task_id: str, command: str | None = None, node: int | None = None) -> int:
         """Run a shell, or a command, inside of a running task; returns its exit code."""

@@ -149,7 +149,7 @@ class There(Place):
                 taskdir.wait_released(self.directory)
                 continue
             try:
-                self.jobs.wait(self.row.id, min(left, WAIT_S))
+                self.jobs.wait(self.row.id, self.row.state, min(left, WAIT_S))
                 pause = AGAIN_S[0]
             except BackendError:  # the task runs on; what became of it will be known
                 time.sleep(min(pause, left))
@@ -216,6 +216,8 @@ def start(jobs: Jobs, draft: Draft) -> str:
     spec = draft.wanted
     task_id: str = spec["id"]
     place = json.dumps(dict(jobs.place), sort_keys=True)
+    with _lock:
+        jobs = _jobs.setdefault(place, jobs)
     _dependencies(spec, jobs, place)
     try:
         # The lock is held while it is submitted: whoever lists it meanwhile does not take it for lost.
@@ -337,6 +339,14 @@ def jobs_at(place: str) -> Jobs:
             where: Mapping[str, Any] = json.loads(place)
             _jobs[place] = registry.kind(where["backend"]).jobs_at(where)
         return _jobs[place]
+
+
+def close_all() -> None:
+    """Close what was opened to ask. It is opened again if need be."""
+    with _lock:
+        opened = list(_jobs.values())
+    for jobs in opened:
+        jobs.close()
 
 
 def _after_fork() -> None:

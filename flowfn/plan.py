@@ -64,6 +64,7 @@ def draft(task: TaskConfig, settings: configuration.Config, call: Call | None, *
     mounts += call.mounts if call else ()
     wanted: dict[str, Any] = {
         "id": task_id,
+        "task_id": task_id,
         "project": settings.project,
         "name": _name(task, task_id),
         "command": task.command,

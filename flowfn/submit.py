@@ -35,7 +35,8 @@ def submit(
     if jobs is not None:
         from . import places
 
-        return places.start(jobs, draft(task, settings, call, here=False))
+        made = draft(task, settings, call, here=False)
+        return places.start(jobs.choose(made), made)
     with project.guarded(taskstart.code_store()):  # until the register knows that the task needs what is kept there
         made = draft(task, settings, call, here=True)
         keep_code(made)

@@ -47,6 +47,10 @@ class Jobs(ABC):
     label: str  # as listings name the place: "ssh://gpu7", "slurm"
     place: Mapping[str, Any]  # JSON that `jobs_at` takes; `backend` in it is the backend's name. No secrets
 
+    def choose(self, draft: Draft) -> Jobs:
+        """Who is to run this task, where there are several. Raises what is wrong with it, as far as that is known."""
+        return self
+
     def check(self, draft: Draft) -> None:  # noqa: B027 - what is wrong may be known there only
         """Raise what `start` would raise, as far as that is known without starting anything."""
 
@@ -75,8 +79,8 @@ class Jobs(ABC):
         """What was added to these files since; waits for something at most `timeout` seconds."""
 
     @abstractmethod
-    def wait(self, task_id: str, timeout: float) -> None:
-        """Return when it may be that the task has another state than it had; after `timeout` seconds at the latest."""
+    def wait(self, task_id: str, state: str, timeout: float) -> None:
+        """Return when the task may have another state than this; after `timeout` seconds at the latest."""
 
     @abstractmethod
     def cancel(self, task_id: str, reason: str) -> None:

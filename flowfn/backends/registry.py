@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from typing import Any
@@ -96,6 +97,8 @@ def close_all() -> None:
             backend.close()  # if this is interrupted, it can be closed again
             _left.add(backend)
             _made.pop(name, None)
+    if (places := sys.modules.get("flowfn.places")) is not None:
+        places.close_all()
 
 
 def close_again(backend: Backend) -> None:

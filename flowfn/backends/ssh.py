@@ -19,7 +19,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowfn import loader, shipping
@@ -29,6 +29,7 @@ from flowfn.backends.ssh_lane import Failure, Lane
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
+    from flowfn.backends.jobs import Jobs
     from flowfn.spec import FunctionSpec
     from flowfn_runtime.gpus import Inventory
 
@@ -213,6 +214,11 @@ class SshBackend(Backend):
         ]
         self.hosts = [Host(client, options) for client in clients]
         self._environ = options.environ
+        places = [{"backend": "ssh", "address": str(client.address)} for client in clients]
+        more: dict[str, Any] = {"python": python, "cache": cache, "home": home, "config": config}
+        more |= {"connect_timeout": connect_timeout, "alive_interval": alive_interval}
+        self._places = [place | {key: value for key, value in more.items() if value is not None} for place in places]
+        self._jobs: Jobs | None = None
         self._connections = stream.Connections()
         self._lock = threading.Lock()
 
@@ -285,11 +291,27 @@ class SshBackend(Backend):
             raise errors[0]
         raise ResourceUnavailable("none of the hosts fits: " + "; ".join(error.message for error in errors))
 
+    def jobs(self) -> Jobs:
+        from flowfn.backends.ssh_tasks import SshGroup, SshJobs
+
+        if self._jobs is None:
+            hosts = [SshJobs(place) for place in self._places]
+            self._jobs = hosts[0] if len(hosts) == 1 else SshGroup(hosts)
+        return self._jobs
+
+    @classmethod
+    def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:
+        from flowfn.backends.ssh_tasks import SshJobs
+
+        return SshJobs(place)
+
     def slots(self, spec: FunctionSpec) -> int:
         return sum(self._fitting(spec).values())
 
     def close(self) -> None:
         self._connections.close()
+        if self._jobs is not None:
+            self._jobs.close()
         for host in self.hosts:
             host.close()
 

@@ -31,6 +31,10 @@ def run(args: Any) -> int:
         if state not in taskdb.STATES:
             raise ValidationError(f"{state!r} is no state of a task", hint=f"The states: {', '.join(taskdb.STATES)}.")
     project = config.load().project
+    if taskdb.elsewhere(project):
+        from flowfn import places
+
+        places.look(project)  # one question to each place that runs tasks of ours
     limit = None if args.all else args.limit
     rows = taskdb.list_tasks(project, states=args.state or (), limit=limit)
     if not args.state and not args.all:
@@ -41,9 +45,12 @@ def run(args: Any) -> int:
         output.print_json([row.to_dict() for row in rows])
         return 0
     output.table(
-        ("TASK", "NAME", "STATE", "GPU", "SUBMITTED", "RAN", "EXIT", "COMMAND"),
+        ("TASK", "NAME", "STATE", "BACKEND", "GPU", "SUBMITTED", "RAN", "EXIT", "COMMAND"),
         [
-            (row.id, row.name, row.state, _gpu(row), output.ago(row.created_at), _ran(row), row.exit_code, row.command)
+            (
+                *(row.id, row.name, row.state, row.backend, _gpu(row)),
+                *(output.ago(row.created_at), _ran(row), row.exit_code, row.command),
+            )
             for row in rows
         ],
         empty=f"project {project!r} has no tasks yet; start one: flow run 'echo hello'",

@@ -38,6 +38,7 @@ def run(args: Any) -> int:
             ("name", known["name"]),
             ("project", known["project"]),
             ("state", known["state"] + (f" ({known['reason']})" if known["reason"] else "")),
+            ("backend", known["backend"]),
             ("exit code", known["exit_code"]),
             ("command", known["command"]),
             ("gpu", known["gpu"]),

@@ -9,6 +9,9 @@ from typing import Any
 def add_task_options(parser: Any) -> None:
     """Add the options; `fields` turns them into `TaskConfig`'s fields."""
     parser.add_argument("-i", "--instance-type", "--gpu", dest="gpu", metavar="GPU", help="a100, a100:4, 8xh100, cpu")
+    parser.add_argument(
+        "-b", "--backend", metavar="WHERE", help="local, ssh://user@host, slurm, container, or one of the configuration"
+    )
     parser.add_argument("-n", "--name", metavar="NAME", help="six hex digits are appended, unless --exact-name")
     parser.add_argument("--exact-name", action="store_true", help="append nothing to the name")
     parser.add_argument(
@@ -34,6 +37,7 @@ def add_task_options(parser: Any) -> None:
 def fields(args: Any) -> dict[str, Any]:
     """`TaskConfig`'s fields that the options set."""
     given = {
+        "backend": args.backend,
         "instance_type": args.gpu,
         "name": args.name,
         "unique_name": False if args.exact_name else None,

@@ -54,6 +54,14 @@ def main(first: bytes = b"") -> None:
             watch.stop()
             keeper.keep(stream, setup["keep"], client)
             sys.exit(0)
+        if "tasks" in setup:
+            from . import taskserver
+
+            if setup["home"]:
+                os.environ["FLOW_HOME"] = os.path.expanduser(setup["home"])
+            client.ready()
+            taskserver.serve(stream, client)
+            sys.exit(0)
         start = Start(setup, client)
         start.prepare()
         watch.stop()
@@ -159,7 +167,7 @@ class Start:
 
         places = []
         for digest in digests:
-            place, lease = checkout.get(digest, functools.partial(self._fetch, digest))
+            place, lease = checkout.get(digest, functools.partial(fetch, self.client, digest, checkout.store()))
             places.append(place)
             self._leases.append(lease)
         self.request["sys_path"] = [os.path.normpath(f"{places[n]}/{path}") for n, path in self.setup["sys_path"]]
@@ -167,20 +175,6 @@ class Start:
         place = os.path.normpath(f"{places[cwd[0]]}/{cwd[1]}")
         os.makedirs(place, exist_ok=True)  # one without files, or with ignored ones only, did not travel
         os.chdir(place)
-
-    def _fetch(self, digest: str) -> None:
-        """Get a snapshot into the store: its manifest, then of its contents what is lacking."""
-        from . import checkout, project
-
-        manifest = bytes(self.client.ask(project=digest).body)
-        missing = project.missing(manifest, checkout.store())
-        first = self.client.ask(project=digest, missing=missing)
-        stream = io.BufferedReader(_Chunks(first, self.client))
-        got = project.unpack(stream, checkout.store())
-        while stream.read(1 << 20):  # the archive's padding, and the end
-            pass
-        if got != digest:
-            raise BackendError(f"the project arrived damaged: {got} instead of {digest}")
 
     def _stage(self, mounts: list[dict[str, Any]]) -> None:
         from . import sandbox
@@ -231,6 +225,20 @@ class Start:
         for fd in self.staged.lease_fds:
             os.set_inheritable(fd, True)
         return sandbox.command(argv, self.staged.binds, cwd=os.getcwd(), die_with_parent=False)
+
+
+def fetch(client: Client, digest: str, store: str) -> None:
+    """Get a snapshot of the project into a store: its manifest, then of its contents what is lacking."""
+    from . import project
+
+    manifest = bytes(client.ask(project=digest).body)
+    first = client.ask(project=digest, missing=project.missing(manifest, store))
+    stream = io.BufferedReader(_Chunks(first, client))
+    got = project.unpack(stream, store)
+    while stream.read(1 << 20):  # the archive's padding, and the end
+        pass
+    if got != digest:
+        raise BackendError(f"the project arrived damaged: {got} instead of {digest}")
 
 
 class _Chunks(io.RawIOBase):

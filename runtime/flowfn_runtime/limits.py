@@ -331,9 +331,9 @@ def _read(path: str) -> bytes:
 # --- the kernel's help ------------------------------------------------------------------------------------------------
 
 
-def set_subreaper() -> None:
-    """Become the parent of whatever this process's descendants orphan. Not inherited by children."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def set_subreaper(on: bool = True) -> None:
+    """Become the parent of whatever this process's descendants orphan, or no more. Not inherited by children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(on))
 
 
 def set_pdeathsig(number: int) -> None:

@@ -229,7 +229,7 @@ class Nodes:
         address = "127.0.0.1"  # all nodes are on this host
         env |= {
             "PYTHONUNBUFFERED": "1",  # lines reach the log when they are printed
-            "FLOW_TASK_ID": spec["id"],
+            "FLOW_TASK_ID": spec["task_id"],
             "FLOW_TASK_NAME": spec["name"],
             "FLOW_NODE_RANK": str(rank),
             "FLOW_NODE_COUNT": str(self._count),
@@ -242,7 +242,7 @@ class Nodes:
             "PET_MASTER_ADDR": address,
             "PET_MASTER_PORT": str(port),
             "PET_RDZV_ENDPOINT": f"{address}:{port}",
-            "PET_RDZV_ID": spec["id"],
+            "PET_RDZV_ID": spec["task_id"],
         }
         if spec["call"]:
             from .data.references import UPLOAD_LOCAL

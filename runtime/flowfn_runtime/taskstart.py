@@ -2,7 +2,8 @@
 
 `wanted` comes from the client, which may be on another machine. It is a dictionary that JSON can hold:
 
-- `id`, `project`, `name`, `command`, `call` (whether it is one), `listed` (the command, for listings), `gpu` (the same)
+- `id`, `task_id` (what the client calls it), `project`, `name`, `command`, `call` (whether it is one), `listed` (the
+  command, for listings), `gpu` (the same)
 - `env`; `mounts` of anything but volumes; `volumes`, named ones, as fields of `VolumeSpec` with `target` and `inside`;
   `ephemeral`, targets of unnamed ones; `region`, `image`
 - `gpus` of a node, most wanted first; `nodes`, `ports`, `cpus`, `memory_bytes`, `max_run_time_s`, `grace_s`
