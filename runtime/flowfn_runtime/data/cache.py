@@ -9,7 +9,7 @@
     meta.json, listing    what it is, and which file is which object
   building/<random>/      a snapshot that is not complete yet, its lease locked by its maker
   trash/                  on its way out
-  latest/<name>           which snapshot a URL had last
+  latest/<name>           what a URL was listed as the last time, and which snapshot that is
   locks                   one download per object, one maker per snapshot
 ```
 
@@ -104,11 +104,17 @@ class Cache:
         transfer is listed again, unless a listing was given. Raises `DataError`s, `CacheFull` among them.
         """
         tries = 1 if listing else _LISTINGS
+        points = sorted(set(mount_points))
         while True:
             tries -= 1
-            found = listing or source.listing(hints=self._hints(source))
+            latest = Latest.read(self.root, source, points)
+            found = listing or source.listing(hints=latest.hints)
+            if found.mark is not None and found.mark == latest.mark and (same := self._lease(latest.digest, found)):
+                return same
             try:
-                return self._snapshot(source, found, sorted(set(mount_points)), progress)
+                snapshot = self._snapshot(source, found, points, progress)
+                latest.update(found, snapshot.digest)
+                return snapshot
             except DataChanged:
                 if not tries:
                     raise
@@ -145,7 +151,6 @@ class Cache:
                     raise
         finally:
             depot.close()
-        self._remember(source, listing)
         return built
 
     def _lease(self, digest: str, listing: Listing) -> Snapshot | None:
@@ -167,28 +172,6 @@ class Cache:
             raise
         return _opened(listing, folder, digest, meta, fd, fetched=0)
 
-    # -- listings of the past ------------------------------------------------------------------------------------------
-
-    def _latest(self, source: Source) -> str:
-        name = hashlib.sha256(f"{source.identity}\0{source.url}".encode()).hexdigest()[:40]
-        return os.path.join(self.root, "latest", name)
-
-    def _hints(self, source: Source) -> list[str]:
-        try:
-            with open(self._latest(source), encoding="utf-8") as file:
-                hints = json.load(file)
-            return hints if isinstance(hints, list) else []
-        except (OSError, ValueError):
-            return []
-
-    def _remember(self, source: Source, listing: Listing) -> None:
-        path = self._latest(source)
-        hints = page_hints(listing.objects)
-        if hints:
-            write_file(path, json.dumps(hints).encode())
-        elif os.path.exists(path):
-            os.unlink(path)
-
     # -- what is there -------------------------------------------------------------------------------------------------
 
     def folders(self) -> Iterator[tuple[str, str]]:
@@ -196,6 +179,36 @@ class Cache:
         with os.scandir(os.path.join(self.root, "snapshots")) as entries:
             for entry in entries:
                 yield entry.name, entry.path
+
+
+@dataclass
+class Latest:
+    """What a URL stood for the last time: makes the next listing faster, and decides nothing."""
+
+    path: str
+    hints: list[str] = field(default_factory=list)
+    mark: str | None = None  # of the listing
+    digest: str = ""  # of the snapshot
+
+    @classmethod
+    def read(cls, root: str, source: Source, mount_points: Sequence[str]) -> Latest:
+        """What is known of `source`, mounted with those mount points."""
+        known = "\0".join((_FORMAT, source.identity, source.url, *mount_points))
+        path = os.path.join(root, "latest", hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()[:40])
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(path, **json.load(file))
+        except (OSError, ValueError, TypeError):
+            return cls(path)
+
+    def update(self, listing: Listing, digest: str) -> None:
+        """Keep what the next one will want to know: of listings that take more than a page."""
+        hints = page_hints(listing.objects)
+        if hints:
+            text = json.dumps({"hints": hints, "mark": listing.mark, "digest": digest})
+            write_file(self.path, text.encode())
+        elif os.path.exists(self.path):
+            os.unlink(self.path)
 
 
 class _Build:

@@ -34,17 +34,17 @@ def _s3_children(source: S3Source) -> Iterator[tuple[str, Object | None]]:
     patience, client = Patience(source.url), source.client
     prefix = source.key
     if prefix and not prefix.endswith("/"):
-        objects, prefixes, _ = patience.attempt(lambda: client.children(prefix))
-        if prefix + "/" not in prefixes:
+        if prefix + "/" not in patience.attempt(lambda: client.children(prefix)).prefixes:
             for object in source.listing().objects:
                 yield object.key.rpartition("/")[2], object
             return
         prefix += "/"
     token: str | None = None
     while True:
-        objects, prefixes, token = patience.attempt(lambda: client.children(prefix, token))  # noqa: B023
-        merged: list[tuple[str, Object | None]] = [(name, None) for name in prefixes]
-        merged += [(object.key, object) for object in objects if object.key != prefix]
+        page = patience.attempt(lambda: client.children(prefix, token))  # noqa: B023
+        token = page.token
+        merged: list[tuple[str, Object | None]] = [(name, None) for name in page.prefixes]
+        merged += [(object.key, object) for object in page.objects if object.key != prefix]
         for key, found in sorted(merged, key=lambda pair: pair[0]):
             yield key[len(prefix) :], found
         if token is None:

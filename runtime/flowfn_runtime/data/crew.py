@@ -19,8 +19,8 @@ from flowfn_runtime.data.model import Object, Progress
 from flowfn_runtime.data.sources import Source, open_source
 from flowfn_runtime.data.spec import redact
 
-# Starting a process takes about as long as fetching so many small objects from a server next door.
-_OBJECTS_A_PROCESS = 500
+# Starting a process takes as much processor time as fetching hundreds of small objects: it has to be worth it.
+_OBJECTS_A_PROCESS = 1500
 _MOST_PROCESSES = 4
 _SMALL_BYTES = 1 << 20
 

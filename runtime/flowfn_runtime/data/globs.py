@@ -108,8 +108,9 @@ def _pages(source: Any) -> Iterator[Any]:
     patience = Patience(source.url)
     token: str | None = None
     while True:
-        page, token = patience.attempt(lambda: source.client.page(source.key, token=token))  # noqa: B023
-        yield from page
+        page = patience.attempt(lambda: source.client.page(source.key, token=token))  # noqa: B023
+        yield from page.objects
+        token = page.token
         if token is None:
             return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,13 +42,14 @@ class Listing:
     """What a URL stood for at one moment: either one object (`single`), or everything below a prefix.
 
     `objects` are sorted by key; `base` is the part of their keys that the URL stands for, so `key[len(base):]` is an
-    object's path below it.
+    object's path below it. Listings of one URL with the same `mark` are the same; None: who knows.
     """
 
     url: str
     base: str
     single: bool
-    objects: tuple[Object, ...]
+    objects: Sequence[Object]
+    mark: str | None = None
 
     @property
     def size(self) -> int:

@@ -11,14 +11,15 @@ import hmac
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from flowfn_runtime.data.credentials import Keys, S3Settings
 from flowfn_runtime.data.http1 import Body, Endpoint, Pool, Response, WireError
 from flowfn_runtime.data.model import Object, parse_time
+from flowfn_runtime.data.s3_page import Page, tag
 from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -130,10 +131,8 @@ class S3:
 
     # -- what the server holds -----------------------------------------------------------------------------------------
 
-    def page(
-        self, prefix: str, *, after: str | None = None, token: str | None = None
-    ) -> tuple[list[Object], str | None]:
-        """One page of keys with `prefix`, in order; and the token of the next one, None at the end."""
+    def page(self, prefix: str, *, after: str | None = None, token: str | None = None) -> Page:
+        """One page of keys with `prefix`, in order."""
         query = {"list-type": "2", "prefix": prefix, "max-keys": str(PAGE_KEYS), "encoding-type": "url"}
         if token:
             query["continuation-token"] = token
@@ -142,7 +141,7 @@ class S3:
         response = self.send("GET", "", query)
         if response.status != 200:
             raise self.error(response, prefix, action="list")
-        return _parse_page(response.read())
+        return Page(response.read())
 
     def head(self, key: str) -> Object:
         """What the server says of one object. Raises `DataNotFound` if there is none."""
@@ -168,17 +167,15 @@ class S3:
             raise DataError(f"{self.url(key)}: the server ignores byte ranges.", url=self.url(key))
         return response
 
-    def children(self, prefix: str, token: str | None = None) -> tuple[list[Object], list[str], str | None]:
-        """One page of what is directly below `prefix`: objects, longer prefixes, and the token of the next page."""
+    def children(self, prefix: str, token: str | None = None) -> Page:
+        """One page of what is directly below `prefix`: objects, and longer prefixes."""
         query = {"list-type": "2", "prefix": prefix, "delimiter": "/", "encoding-type": "url"}
         if token:
             query["continuation-token"] = token
         response = self.send("GET", "", query)
         if response.status != 200:
             raise self.error(response, prefix, action="list")
-        body = response.read()
-        objects, following = _parse_page(body)
-        return objects, _parse_prefixes(body), following
+        return Page(response.read())
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -197,7 +194,7 @@ class S3:
         response = self.send("POST", key, {"uploads": ""}, {"content-type": "application/octet-stream"}, b"")
         if response.status != 200:
             raise self.error(response, key, action="write")
-        return _tag(response.read().decode(), "UploadId")
+        return tag(response.read().decode(), "UploadId")
 
     def put_part(self, key: str, upload: str, number: int, body: Body) -> str:
         """Write part `number` (from 1); its ETag."""
@@ -214,9 +211,9 @@ class S3:
         if response.status != 200:
             raise self.error(response, key, action="write")
         text = response.read().decode()
-        if code := _tag(text, "Code"):  # an error that came after the server had said 200
+        if code := tag(text, "Code"):  # an error that came after the server had said 200
             raise Busy(f"{self.url(key)}: the server answers {code}")
-        return _tag(text, "ETag").replace("&quot;", "").strip('"')
+        return tag(text, "ETag").replace("&quot;", "").strip('"')
 
     def abort_multipart(self, key: str, upload: str) -> None:
         """Give up an upload; its parts are dropped."""
@@ -240,7 +237,7 @@ class S3:
     def error(self, response: Response, key: str, *, action: str, pinned: bool = False) -> Exception:
         """The error that an answer with a failing status means; a `WireError` if another try may help."""
         text = response.read().decode("utf-8", "replace")
-        code, message = _tag(text, "Code"), _tag(text, "Message")
+        code, message = tag(text, "Code"), tag(text, "Message")
         status, url, where = response.status, self.url(key), self._where()
         told = message or code or f"status {status}"
         if self._follow_region(response, text, code):
@@ -310,7 +307,7 @@ class S3:
         """Go to the region that the server names, if it names another one than was used. True if it did."""
         if response.status not in (301, 307, 400, 403) or (self._settings.endpoint and code != _MALFORMED):
             return False
-        region = response.headers.get("x-amz-bucket-region") or _tag(text, "Region")
+        region = response.headers.get("x-amz-bucket-region") or tag(text, "Region")
         if not region or region == self._settings.region:
             return False
         self._address(replace(self._settings, region=region))
@@ -330,48 +327,6 @@ _MALFORMED = "AuthorizationHeaderMalformed"
 _PATIENCE = frozenset(
     {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
 )
-_PREFIXES = re.compile(r"<CommonPrefixes>(.*?)</CommonPrefixes>", re.DOTALL)
-_ENTRY = re.compile(r"<Contents>(.*?)</Contents>", re.DOTALL)
-
-
-def _tag(text: str, name: str) -> str:
-    start = text.find(f"<{name}>")
-    end = text.find(f"</{name}>", start)
-    return _unescape(text[start + len(name) + 2 : end]) if 0 <= start < end else ""
-
-
-def _unescape(text: str) -> str:
-    if "&" not in text:
-        return text
-    import html
-
-    return html.unescape(text)
-
-
-def _parse_page(body: bytes) -> tuple[list[Object], str | None]:
-    text = body.decode()
-    decode = unquote if _tag(text, "EncodingType") == "url" else str
-    objects = [
-        Object(
-            key=decode(_tag(entry, "Key")),
-            size=int(_tag(entry, "Size") or 0),
-            etag=_tag(entry, "ETag").strip('"') or None,
-            modified=parse_time(_tag(entry, "LastModified")),
-        )
-        for entry in _entries(text)
-    ]
-    token = _tag(text, "NextContinuationToken") if _tag(text, "IsTruncated") == "true" else ""
-    return objects, token or None
-
-
-def _parse_prefixes(body: bytes) -> list[str]:
-    text = body.decode()
-    decode = unquote if _tag(text, "EncodingType") == "url" else str
-    return [decode(_tag(entry.group(1), "Prefix")) for entry in _PREFIXES.finditer(text)]
-
-
-def _entries(text: str) -> Iterator[str]:
-    return (match.group(1) for match in _ENTRY.finditer(text))
 
 
 def object_of(key: str, headers: Mapping[str, Any]) -> Object:

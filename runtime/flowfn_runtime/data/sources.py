@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from flowfn_runtime.data.credentials import environment, s3_settings
@@ -16,8 +16,12 @@ from flowfn_runtime.data.http1 import Endpoint, Pool, Response, WireError
 from flowfn_runtime.data.model import Listing, Object, parse_time
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import PAGE_KEYS, S3, Busy
+from flowfn_runtime.data.s3_page import Page, Pages
 from flowfn_runtime.data.spec import redact, scheme_of
 from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Sink = Callable[[memoryview], Any]
 
@@ -116,38 +120,41 @@ class S3Source:
     def _stat(self) -> Object:
         try:
             # A listing tells as much as HEAD, and its errors have a body that says what is wrong.
-            objects, _ = self.client.page(self.key)
+            page = self.client.page(self.key)
         except DataAccessDenied:
             return self.client.head(self.key)
-        if objects and objects[0].key == self.key:
-            return objects[0]
+        if page.first == self.key:
+            return page.objects[0]
         raise DataNotFound(f"There is no object {self.url}.", url=self.url, hint=f"flow data ls {self.url}")
 
     def listing(self, *, hints: Sequence[str] = ()) -> Listing:
         patience = Patience(self.url)
         key = self.key
         if not key or key.endswith("/"):
-            objects = self._all(key, hints, patience)
-            if key and not objects:
+            with _Series(self.client, key, hints, patience) as ahead:
+                found = Pages([*ahead.part(None, ahead.bounds[0]), *ahead.rest()])
+            if key and not found:
                 raise self._nothing()
-            return Listing(self.url, key, False, tuple(objects))
+            return Listing(self.url, key, False, found, found.mark)
         folder = key + "/"
-        try:
-            page, token = patience.attempt(lambda: self.client.page(key))
-        except DataAccessDenied as denied:
+        # What was below it the last time is asked for together with what it is now.
+        with _Series(self.client, folder, hints, patience) as ahead:
             try:
-                # Some may read an object whose bucket they may not list.
-                found = patience.attempt(lambda: self.client.head(key))
-            except DataError:
-                raise denied from None
-            return Listing(self.url, _directory_of(key), True, (found,))
-        single = page[0] if page and page[0].key == key else None
-        members = [object for object in page if object.key.startswith(folder)]
-        # "p" may be followed by "p-1" and so on before "p/..." begins, and by "p0" after it.
-        if token and page[-1].key < folder:
-            members = self._all(folder, hints, patience)
-        elif token and page[-1].key.startswith(folder):
-            members += self._all(folder, hints, patience, after=page[-1].key)
+                page = patience.attempt(lambda: self.client.page(key))
+            except DataAccessDenied as denied:
+                try:
+                    # Some may read an object whose bucket they may not list.
+                    alone = patience.attempt(lambda: self.client.head(key))
+                except DataError:
+                    raise denied from None
+                return Listing(self.url, _directory_of(key), True, (alone,))
+            single = page.objects[0] if page.first == key else None
+            # "p" may be followed by "p-1" and so on before "p/..." begins, and by "p0" after it.
+            below = page.first and page.last and page.first.startswith(folder) and page.last.startswith(folder)
+            pages = [page if below else page.only(lambda name: name.startswith(folder))]
+            if page.token and page.last and (page.last < folder or page.last.startswith(folder)):
+                pages += ahead.all_after(page.last)
+        members = Pages(pages)
         if members and single and single.size:
             raise DataError(
                 f"{self.url} is both an object and a prefix of others.",
@@ -155,7 +162,7 @@ class S3Source:
                 hint=f"Write {self.url}/ for everything below the prefix.",
             )
         if members:
-            return Listing(self.url, folder, False, tuple(members))
+            return Listing(self.url, folder, False, members, members.mark)
         if single:
             return Listing(self.url, _directory_of(key), True, (single,))
         raise self._nothing()
@@ -167,31 +174,61 @@ class S3Source:
             hint=f"Check the spelling: flow data ls s3://{self.client.bucket}/",
         )
 
-    def _all(self, prefix: str, hints: Sequence[str], patience: Patience, *, after: str | None = None) -> list[Object]:
-        """Every object with `prefix`, from the one `after` on. Pages come one after another, so hints let several
-        series of them run side by side."""
-        starts = [hint for hint in sorted(set(hints)) if hint.startswith(prefix) and (after is None or hint > after)]
-        if not starts:
-            return self._series(prefix, after, None, patience)
-        from concurrent.futures import ThreadPoolExecutor
 
-        # Whatever the hints are worth, the series together cover every key exactly once.
-        bounds = [after, *starts, None]
-        with ThreadPoolExecutor(min(len(bounds) - 1, 16)) as pool:
-            series = pool.map(lambda ends: self._series(prefix, ends[0], ends[1], patience), pairwise(bounds))
-            return [object for part in series for object in part]
+class _Series:
+    """Pages of the keys with `prefix`: each names the next one, so hints let several series of them run side by side.
 
-    def _series(self, prefix: str, after: str | None, through: str | None, patience: Patience) -> list[Object]:
-        found: list[Object] = []
+    Whatever the hints are worth, the series together cover every key exactly once.
+    """
+
+    def __init__(self, client: S3, prefix: str, hints: Sequence[str], patience: Patience) -> None:
+        self.client = client
+        self.prefix = prefix
+        self.patience = patience
+        self.bounds: list[str | None] = [*sorted({hint for hint in hints if hint.startswith(prefix)}), None]
+        self._later: list[Future[list[Page]]] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> _Series:
+        if len(self.bounds) > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(min(len(self.bounds) - 1, 16))
+            self._later = [self._pool.submit(self.part, *ends) for ends in pairwise(self.bounds)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def part(self, after: str | None, through: str | None) -> list[Page]:
+        """The pages of the keys from the one `after` to the one `through`, which is the last."""
+        found: list[Page] = []
         token: str | None = None
         while True:
-            page, token = patience.attempt(lambda: self.client.page(prefix, after=after, token=token))  # noqa: B023
-            if through is not None and page and page[-1].key >= through:
-                found.extend(object for object in page if object.key <= through)
+            page = self.patience.attempt(lambda: self.client.page(self.prefix, after=after, token=token))  # noqa: B023
+            if through is not None and page.last is not None and page.last >= through:
+                found.append(page if page.last == through else page.only(lambda key: key <= through))
                 return found
-            found.extend(page)
+            found.append(page)
+            token = page.token
             if token is None:
                 return found
+
+    def rest(self) -> list[Page]:
+        """What comes after the first of the bounds."""
+        return [page for series in self._later for page in series.result()]
+
+    def all_after(self, after: str) -> list[Page]:
+        """What comes after a key that lies before the first of the bounds, on it, or beyond it."""
+        first = self.bounds[0]
+        if first is None or first > after:
+            return self.part(after, first) + self.rest()
+        if first == after:
+            return self.rest()
+        return [
+            page if page.first and page.first > after else page.only(lambda key: key > after) for page in self.rest()
+        ]
 
 
 def page_hints(objects: Sequence[Object]) -> list[str]:

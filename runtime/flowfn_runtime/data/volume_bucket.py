@@ -135,10 +135,9 @@ class Bucket:
         token: str | None = None
         with access.explained(self.url_of(prefix)):
             while True:
-                page, token = Patience(self.url).attempt(
-                    lambda: self._client.page(prefix, token=token)  # noqa: B023
-                )
-                yield from page
+                page = Patience(self.url).attempt(lambda: self._client.page(prefix, token=token))  # noqa: B023
+                yield from page.objects
+                token = page.token
                 if token is None:
                     return
 
