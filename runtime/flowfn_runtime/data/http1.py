@@ -13,7 +13,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import ssl
@@ -85,7 +85,9 @@ class Endpoint:
     def connect(self) -> socket.socket:
         """A connected socket, with TLS for https. Raises `Unreachable`, or `WireError` when the handshake fails."""
         try:
-            sock = socket.create_connection((self.host, self.port), timeout=_CONNECT_TIMEOUT_S)
+            # As bytes a name is taken as it is: no tables of international names are loaded for plain ones.
+            host: Any = self.host.encode() if self.host.isascii() else self.host
+            sock = socket.create_connection((host, self.port), timeout=_CONNECT_TIMEOUT_S)
         except OSError as error:
             raise Unreachable(f"{self.authority}: {error.strerror or error}") from error
         try:
