@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError("flowfn.testing needs pytest: pip install pytest") from error
 
-for _name in ("base", "calls", "control", "data", "failures", "lifecycle", "maps", "resources"):
+for _name in ("base", "calls", "control", "data", "failures", "lifecycle", "maps", "resources", "tasks"):
     pytest.register_assert_rewrite(f"flowfn.testing.{_name}")
 
 from .base import FEATURES, Contract, Meeting, needs  # noqa: E402
@@ -36,6 +36,7 @@ from .failures import Exceptions, Logs, Serialization  # noqa: E402
 from .lifecycle import CleaningUp, Executors, ProjectCode  # noqa: E402
 from .maps import Maps  # noqa: E402
 from .resources import Cores, Environments, Gpus, Memory  # noqa: E402
+from .tasks import Tasks  # noqa: E402
 
 __all__ = ["FEATURES", "BackendContract", "Contract", "Meeting", "needs"]
 
@@ -43,6 +44,7 @@ __all__ = ["FEATURES", "BackendContract", "Contract", "Meeting", "needs"]
 # pytest runs the cases of the last base first: identity, before anything else is believed.
 class BackendContract(
     CleaningUp,
+    Tasks,
     Versions,
     References,
     Mounts,

@@ -24,14 +24,18 @@ WAIT_S = 60.0  # how long a case waits for news of a worker before it fails; not
 # What a backend may say it can't do.
 FEATURES: dict[str, str] = {
     "cancel": "end a call that runs",
+    "commands": "run commands as tasks",
     "cpu": "`cpu=`: threads and affinity of a worker",
     "gpu": "`gpu=`: GPUs that are the worker's alone",
     "main-thread": "run functions in the main thread of the worker's process",
     "memory": "`memory=`: a limit that is enforced",
     "mounts": "`mounts=` of files and directories of this machine",
     "network": "connect from a worker to this process (cases that watch a worker that runs need it)",
+    "nodes": "tasks of several nodes",
+    "ports": "ports of tasks that answer here",
     "references": "data references in arguments and results",
     "shared-files": "see the `scratch` directory under the same path",
+    "tasks": "run calls as tasks, `fn.submit`",
     "timeout": "`timeout=`",
     "versions": "say hello over flowfn's own wire",
     "volumes": "`mounts=` of `volume://`",

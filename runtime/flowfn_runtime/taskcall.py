@@ -1,7 +1,8 @@
 """Runs a call made durable, inside of the task's sandbox: `python -m flowfn_runtime.taskcall`.
 
 The call's pickle is read from one inherited descriptor, its outcome written to another. What the function prints goes
-to the task's log like the output of any command; so does the traceback of what it raises, and the exit code is 1 then.
+to the task's log like the output of any command; so does the traceback of what it raises, and the exit code is 1 then,
+or what `sys.exit` was told.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class StagedArgument:
         return staged
 
 
-def run(call_fd: int) -> tuple[bytes, pickling.Payload]:
-    """Run the call in this file; its outcome, whatever happens."""
+def run(call_fd: int) -> tuple[bytes, pickling.Payload, int]:
+    """Run the call in this file; its outcome, whatever happens, and an exit status."""
     references: list[Any] = []
     ok = False
     try:
@@ -84,18 +85,31 @@ def run(call_fd: int) -> tuple[bytes, pickling.Payload]:
         if isinstance(function, FileFunction):
             function = function.load()
         value = _settle(function(*map(_load, args), **{name: _load(value) for name, value in kwargs.items()}))
-        outcome = callfile.VALUE, pickling.dumps(value)
+        outcome = callfile.VALUE, pickling.dumps(value), 0
         ok = True
     except BaseException as error:
-        import traceback
+        status = _status(error)
+        if status is None:
+            import traceback
 
-        traceback.print_exc()
+            traceback.print_exc()
+            status = 1
         # The frames of this module say nothing to the user.
-        return callfile.ERROR, exceptions.dumps(error, skip_frames=1)
+        return callfile.ERROR, exceptions.dumps(error, skip_frames=1), status
     finally:
         for reference in references:
             reference.finish(ok)
     return outcome
+
+
+def _status(error: BaseException) -> int | None:
+    """The exit status that `sys.exit` was told, which prints no traceback; None for any other exception."""
+    if not isinstance(error, SystemExit):
+        return None
+    if error.code is None or isinstance(error.code, int):
+        return (error.code or 0) & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
 
 
 def _load(value: Any) -> Any:
@@ -120,7 +134,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     known = json.loads(os.environ.pop("FLOW_CALL_PATH"))
     sys.path[:] = known + [entry for entry in sys.path if entry not in known]
-    kind, payload = run(call_fd)
+    kind, payload, status = run(call_fd)
     try:
         callfile.write(result_fd, kind, payload)
     except OSError as error:
@@ -129,7 +143,7 @@ def main() -> None:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-    sys.exit(0 if kind == callfile.VALUE else 1)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

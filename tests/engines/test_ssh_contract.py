@@ -24,6 +24,13 @@ class TestSsh(BackendContract):
         flow.shutdown()
         backend.close()
 
+    @pytest.fixture(autouse=True)
+    def server(self, ssh_server: Sshd) -> None:
+        self._server = ssh_server
+
+    def places(self) -> list[str]:
+        return [*super().places(), f"{self._server.root}/home", f"{self._server.root}/cache"]
+
     @pytest.fixture
     def tmp_path(self, ssh_server: Sshd) -> Path:
         """One that the login may enter: pytest's own is the user's alone."""
