@@ -306,6 +306,7 @@ class ContainerBackend(Backend):
             held.keep(staged.lease_fds)
             binds += [bind(b.host_path, b.target, b.read_only) for b in staged.binds]
             environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in spec.mounts})
+            environ |= staged.environ()
         return binds
 
     # GPUs

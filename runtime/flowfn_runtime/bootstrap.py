@@ -143,6 +143,9 @@ class Start:
 
     def prepare(self) -> None:
         """Get everything into place. Raises what stands in the way."""
+        from . import checkout
+
+        self._leases.append(checkout.hold_runtime(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
         if alive := self.setup.get("alive"):
             try:
                 self.request["alive_fd"] = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
@@ -189,6 +192,7 @@ class Start:
         wanted = [Mount.from_dict(mount) for mount in mounts]
         self.staged = data.stage(wanted, env=self.env, project=self.setup["project_name"], progress=progress)
         os.environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in wanted})
+        os.environ.update(self.staged.environ())
 
     @property
     def elsewhere(self) -> bool:

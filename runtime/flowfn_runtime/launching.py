@@ -42,6 +42,7 @@ def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]
         staged = mounts.stage(wanted, env=request["env"], project=request["project"], progress=progress)
         os.environ.update(sandbox.environment(os.environ))
         os.environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in wanted})
+        os.environ.update(staged.environ())
         os.environ[UPLOAD_LOCAL] = "1"  # the client does not see this filesystem's files
         # References are staged into the cache from inside, and results too big for the wire go into the store.
         binds = [sandbox.Bind(path, path, False) for path in store.shared_dirs()] + list(staged.binds)

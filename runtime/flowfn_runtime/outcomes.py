@@ -6,14 +6,27 @@ import json
 import os
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import exceptions, items, pickling
 from .errors import SerializationError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 STREAMS = (types.GeneratorType, types.AsyncGeneratorType)
 # The frames of these files that a traceback begins with are none of the user's.
-_OURS = tuple(os.path.join(os.path.dirname(__file__), name) for name in ("worker.py", "batch.py"))
+_HERE = os.path.dirname(__file__)
+_OURS = tuple(os.path.join(_HERE, name) for name in ("worker.py", "batch.py", "data/volume_commit.py"))
+
+
+def committing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, and then what it changed in volumes of a bucket written back."""
+    if "FLOW_VOLUME_KEEPERS" not in os.environ:
+        return function
+    from .data import volume_commit
+
+    return volume_commit.after(function)
 
 
 def finish(references: list[Any], ok: bool) -> None:
@@ -24,6 +37,10 @@ def finish(references: list[Any], ok: bool) -> None:
         except Exception:
             if ok:
                 raise
+    if ok and references and "FLOW_VOLUME_KEEPERS" in os.environ:
+        from .data import volume_commit
+
+        volume_commit.commit_mounted()  # an Output may have been published in one
 
 
 def end_fork(error: BaseException | None) -> None:

@@ -57,9 +57,7 @@ class Supervisor:
             taskdir.write_pid(self.directory)
             if taskdir.cancel_reason(self.directory) is not None:
                 self._wakeup.asked = True
-            from .tasknode import Nodes
-
-            self._nodes = nodes = Nodes(self.directory, self.spec, terminal=self.terminal)
+            self._nodes = nodes = self._make_nodes()
             # In a thread, since it may sleep in the kernel or download for long, while this one hears of signals. A
             # signal handler that raises an exception would do with less, and leave locks of the interpreter behind.
             if not self._wakeup.wait_for(lambda: self._get_ready(nodes)):
@@ -67,6 +65,8 @@ class Supervisor:
                 raise Ended("cancelled", self._cancel_reason())
             nodes.build()
             ended = self._attempt_until_done()
+            if ended.state == "completed":
+                nodes.commit()
         except Ended as outcome:
             ended = outcome
         except FlowError as error:
@@ -80,6 +80,11 @@ class Supervisor:
         return ended
 
     # -- before it runs
+
+    def _make_nodes(self) -> Nodes:
+        from .tasknode import Nodes
+
+        return Nodes(self.directory, self.spec, terminal=self.terminal)
 
     def _get_ready(self, nodes: Nodes) -> None:
         self._await_turn()

@@ -30,7 +30,7 @@ _NOT_INHERITED = ("FLOW_HOME", "FLOW_CACHE", "PWD", "OLDPWD", "_", "SHLVL", "LS_
 class Nodes:
     """What a task's nodes hold while it runs. `close` gives all of it back."""
 
-    def __init__(self, directory: str, spec: dict[str, Any], *, terminal: bool = False) -> None:
+    def __init__(self, directory: str, spec: dict[str, Any], *, terminal: bool = False, tree: str = "tree") -> None:
         self._directory = directory
         self._spec = spec
         self._terminal = terminal
@@ -42,7 +42,7 @@ class Nodes:
         self._logs = [] if terminal else [self._open_logs(rank) for rank in range(self._count)]
         self._commands: list[Command] = []
         # Shared by every process of the sandboxes: while one lives, this lock is held.
-        self._tree = os.open(os.path.join(directory, "tree"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._tree = os.open(os.path.join(directory, tree), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def acquire(self, report: Callable[[str], None]) -> None:
         """Get all that the nodes share, waiting where others have it; `report` is told what is waited for."""
@@ -87,6 +87,11 @@ class Nodes:
             os.write(2 if self._terminal else self._logs[0][1], line)
         except OSError:
             pass  # a full disk; the outcome says what there is to say
+
+    def commit(self) -> None:
+        """Write back what they changed in volumes that live in a bucket. Raises `VolumeConflict`, and other errors."""
+        if self._staged is not None:
+            self._staged.commit()
 
     def close(self) -> None:
         """Give everything back. The nodes have ended."""
@@ -193,6 +198,10 @@ class Nodes:
             return self._keep(lock) and port
         raise FlowError("no free port was found for the nodes to meet at")
 
+    def _addresses(self) -> list[str]:
+        """Where the nodes are: all on this host."""
+        return ["127.0.0.1"] * self._count
+
     def _command(self, rank: int, shared: list[Bind], port: int) -> Command:
         from . import project, taskbox
         from .sandbox import Bind
@@ -226,14 +235,15 @@ class Nodes:
         path = env.get("PATH") or os.defpath
         if bin_dir not in path.split(os.pathsep):
             env["PATH"] = bin_dir + os.pathsep + path
-        address = "127.0.0.1"  # all nodes are on this host
+        addresses = self._addresses()
+        address = addresses[0]
         env |= {
             "PYTHONUNBUFFERED": "1",  # lines reach the log when they are printed
             "FLOW_TASK_ID": spec["task_id"],
             "FLOW_TASK_NAME": spec["name"],
             "FLOW_NODE_RANK": str(rank),
             "FLOW_NODE_COUNT": str(self._count),
-            "FLOW_NODE_IPS": ",".join([address] * self._count),
+            "FLOW_NODE_IPS": ",".join(addresses),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             # What torchrun takes for its options where the command line says nothing.

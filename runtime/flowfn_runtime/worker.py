@@ -191,6 +191,7 @@ class Worker:
         except SerializationError as error:
             _end_if_spent(error.__cause__)
             raise
+        function = outcomes.committing(function)
         kwargs = objects[shared] if shared else {}
         self.loaded[number] = function, kwargs
         return function, kwargs

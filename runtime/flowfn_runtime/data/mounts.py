@@ -26,6 +26,21 @@ class Staged:
     binds: tuple[Bind, ...] = ()
     lease_fds: tuple[int, ...] = field(default=(), repr=False)
     fetched_bytes: int = 0
+    keepers: tuple[str, ...] = ()
+
+    def environ(self) -> dict[str, str]:
+        """What processes that have the mounts need in their environment."""
+        from flowfn_runtime.data import volume_commit
+
+        return {volume_commit.VARIABLE: ":".join(self.keepers)} if self.keepers else {}
+
+    def commit(self) -> None:
+        """Write back what changed in volumes that live in a bucket. Raises `VolumeConflict`, and other errors."""
+        if self.keepers:
+            from flowfn_runtime.data import volume_commit
+
+            for keeper in self.keepers:
+                volume_commit.ask(keeper)
 
     def close(self) -> None:
         """Let go in this process. Safe to call twice."""
@@ -146,6 +161,9 @@ def _attach(mount: Mount, staged: Staged, project: str) -> None:
     }
     attachment = volumes.attach(name, project, **properties)
     staged.lease_fds += (attachment.fd,)
+    if attachment.keeper and attachment.keeper not in staged.keepers:
+        staged.keepers += (attachment.keeper,)
+        staged.binds += (Bind(attachment.keeper, attachment.keeper, False),)
     path = os.path.normpath(os.path.join(attachment.path, inside.strip("/")))
     if not within(path, attachment.path):
         raise ValidationError(f"The mount at {mount.target}: {redact(mount.source)} leads out of the volume.")

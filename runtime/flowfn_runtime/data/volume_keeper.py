@@ -1,14 +1,16 @@
-"""Writes a volume of a bucket back when its last user on this host is gone, however that ended.
+"""Writes a volume of a bucket back: when a call that has it mounted ends, and when its last user on this host is gone.
 
 A process of its own, started with the first user: it sleeps in the kernel until it has the volume's lock to itself,
-which is when nobody else has it any more.
+which is when nobody else has it any more, however that ended. Until then, users ask for it by a socket (volume_commit).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def start(volume: Volume) -> None:
     """See to it that a keeper waits for the end of the volume's use. The caller holds the volume's lock."""
     import subprocess
 
-    from . import volumes
+    from . import volume_commit, volumes
 
     folder = os.path.dirname(volume.path)
     turn = os.open(os.path.join(folder, "keeper.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -31,19 +33,21 @@ def start(volume: Volume) -> None:
     try:
         # A keeper gives its turn up only while it has the volume to itself, so one that has it now will wait for us.
         fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        listener = volume_commit.listen(folder)
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        subprocess.run(
-            [sys.executable, "-c", _START, volume.id, volume.project, str(turn)],
-            env={**os.environ, "PYTHONPATH": path, "FLOW_VOLUMES": volumes.bucket_url_from() or ""},
-            pass_fds=(turn,),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            check=True,
-            cwd="/",
-        )
+        with listener:
+            subprocess.run(
+                [sys.executable, "-c", _START, volume.id, volume.project, str(turn), str(listener.fileno())],
+                env={**os.environ, "PYTHONPATH": path, "FLOW_VOLUMES": volumes.bucket_url_from() or ""},
+                pass_fds=(turn, listener.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                check=True,
+                cwd="/",
+            )
     except BlockingIOError:
         pass
     finally:
@@ -54,10 +58,17 @@ def start(volume: Volume) -> None:
 def main(argv: list[str]) -> None:
     """Wait, write back, end."""
     from ..errors import FlowError
-    from . import volume_db, volume_locks, volumes
+    from . import volume_commit, volume_db, volume_locks, volume_sync, volumes
+    from .volume_bucket import Bucket
 
     volume_id, project, turn = argv[0], argv[1], int(argv[2])
+    listener = socket.socket(fileno=int(argv[3]))
     volume = volumes.get(volume_id, project)
+    url = volumes.bucket_url_from()
+    assert url
+    bucket = Bucket(url)
+    asked = (listener, lambda: volume_sync.commit(volume, bucket, in_use=True))
+    threading.Thread(target=volume_commit.serve, args=asked, daemon=True).start()
     lock = volume_locks.acquire(volume, exclusive=True, wait=True)
     try:
         volumes.commit(volume_id, project)

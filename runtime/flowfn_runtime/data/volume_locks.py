@@ -18,14 +18,16 @@ class Attachment:
     """A volume in use: the lock that keeps it from deletion (and, if exclusive, from every other user).
 
     `fd` is inheritable: a process that inherits it holds the volume too, and the kernel frees the volume when the last
-    holder is gone. `close()` lets go in this process.
+    holder is gone. `close()` lets go in this process. `keeper`: where to ask that a volume of a bucket
+    be written back.
     """
 
-    def __init__(self, volume: Volume, fd: int, *, exclusive: bool) -> None:
+    def __init__(self, volume: Volume, fd: int, *, exclusive: bool, keeper: str | None = None) -> None:
         self.volume = volume
         self.path = volume.path
         self.fd = fd
         self.exclusive = exclusive
+        self.keeper = keeper
 
     def commit(self) -> bool:
         """Write changes back to the bucket, if the volume lives in one; see `volumes.commit`."""

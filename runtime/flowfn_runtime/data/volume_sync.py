@@ -16,7 +16,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +100,8 @@ def _scan(volume: Volume, base: Base) -> tuple[Entries, dict[str, list[int]]]:
     pending = [""]
     while pending:
         prefix = pending.pop()
-        with os.scandir(os.path.join(volume.path, prefix)) as listed:
-            for item in listed:
+        for item in _listed(os.path.join(volume.path, prefix)):
+            with suppress(FileNotFoundError):  # removed meanwhile
                 relative = prefix + item.name
                 status = item.stat(follow_symlinks=False)
                 mode = stat.S_IMODE(status.st_mode)
@@ -122,6 +122,14 @@ def _scan(volume: Volume, base: Base) -> tuple[Entries, dict[str, list[int]]]:
                         seen[relative] = mark
                 # Sockets, pipes and devices mean nothing on another host.
     return entries, seen
+
+
+def _listed(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as listed:
+            return list(listed)
+    except FileNotFoundError:
+        return []
 
 
 def _marks(volume: Volume, entries: Entries) -> dict[str, list[int]]:
@@ -310,8 +318,9 @@ def stored_bytes(volume: Volume, bucket: Bucket) -> int:
 # -- writing back ------------------------------------------------------------------------------------------------------
 
 
-def commit(volume: Volume, bucket: Bucket) -> bool:
-    """Write this host's changes back; False if there are none. Files must be at rest while this runs.
+def commit(volume: Volume, bucket: Bucket, *, in_use: bool = False) -> bool:
+    """Write this host's changes back; False if there are none. Files must be at rest while this runs, unless the
+    volume is `in_use`: then those that are being written to are left for the next time.
 
     Raises `VolumeConflict` if another host wrote since this one fetched; the working copy then stays as it is.
     """
@@ -331,8 +340,22 @@ def commit(volume: Volume, bucket: Bucket) -> bool:
         manifest = f"{base.generation + 1:010}-{nonce}"
         keys = [_key(volume, bucket, "data", contents[digest]) for digest in fresh]
         keys.append(_key(volume, bucket, "manifests", manifest))
+        moving: set[str] = set()
+
+        def put(digest: str) -> None:
+            try:
+                _upload(volume, bucket, fresh[digest], digest, contents[digest])
+            except _Moving:
+                if not in_use:
+                    raise
+                moving.add(digest)
+
         try:
-            _in_threads(lambda digest: _upload(volume, bucket, fresh[digest], digest, contents[digest]), list(fresh))
+            _in_threads(put, list(fresh))
+            if moving:
+                _leave_out(moving, base, entries, contents, seen)
+                if entries == base.entries:
+                    return False
             text = json.dumps({"entries": entries, "contents": contents}, sort_keys=True).encode()
             bucket.put(keys[-1], text)
             head = {
@@ -359,20 +382,46 @@ def commit(volume: Volume, bucket: Bucket) -> bool:
         return True
 
 
+class _Moving(VolumeError):
+    """A file is being written to."""
+
+
+def _leave_out(
+    moving: set[str], base: Base, entries: Entries, contents: dict[str, str], seen: dict[str, list[int]]
+) -> None:
+    """Leave files whose content is one of `moving` as they were in the base."""
+    for relative in [relative for relative, entry in entries.items() if entry[4] in moving]:
+        seen.pop(relative, None)
+        before = base.entries.get(relative)
+        if before is None or before[0] != "f":
+            del entries[relative]
+        else:
+            entries[relative] = before
+            contents[before[4]] = base.contents[before[4]]
+    for digest in moving:
+        contents.pop(digest, None)
+
+
 def _upload(volume: Volume, bucket: Bucket, relative: str, digest: str, name: str) -> None:
     path = os.path.join(volume.path, relative)
     key = _key(volume, bucket, "data", name)
-    if os.path.getsize(path) > _WHOLE_BYTES:
-        upload(path, bucket.url_of(key), options=access.effective(bucket.url, None))
-        found = sha256_of(path)
-    else:
-        with open(path, "rb") as file:
-            content = file.read()
-        bucket.put(key, content)
-        found = hashlib.sha256(content).hexdigest()
+    found = None
+    try:
+        if os.path.getsize(path) > _WHOLE_BYTES:
+            upload(path, bucket.url_of(key), options=access.effective(bucket.url, None))
+            found = sha256_of(path)
+        else:
+            with open(path, "rb") as file:
+                content = file.read()
+            found = hashlib.sha256(content).hexdigest()
+            if found == digest:
+                bucket.put(key, content)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise
     if found != digest:
         bucket.delete(key)
-        raise VolumeError(
+        raise _Moving(
             f"{relative} of volume {volume.label} was written to while it was being written back",
             hint="close it first, then write back again",
         )

@@ -281,15 +281,17 @@ def attach(
                     f"the data of volume {volume.label} is gone: there is no {volume.path}",
                     hint=f"restore that directory, or forget the volume: flow volume rm {volume.label}",
                 )
+            keeper = None
             if bucket:
-                from . import volume_keeper
+                from . import volume_commit, volume_keeper
 
                 volume_keeper.start(volume)
+                keeper = os.path.join(os.path.dirname(volume.path), volume_commit.SOCKET)
             os.set_inheritable(fd, True)
         except BaseException:
             volume_db.release(fd)
             raise
-        return Attachment(volume, fd, exclusive=exclusive)
+        return Attachment(volume, fd, exclusive=exclusive, keeper=keeper)
 
 
 def _acquire_copy(volume: Volume, bucket: Bucket, *, exclusive: bool, wait: bool) -> int:
@@ -323,9 +325,11 @@ def commit(id_or_name: str, project: str = DEFAULT_PROJECT) -> bool:
     bucket = _bucket()
     if bucket is None:
         return False
-    from . import volume_sync
+    from . import volume_commit, volume_sync
 
     volume = get(id_or_name, project)
+    if keeper := volume_commit.keeper_of(volume.id):
+        return volume_commit.ask(keeper)  # mounted here: its folder is out of sight
     return os.path.isdir(volume.path) and volume_sync.commit(volume, bucket)
 
 
