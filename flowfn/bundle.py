@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 
+from flowfn_runtime import paths
+
 # The client is among them: modules of the user's project that travel by name say `import flowfn`.
 PACKAGES = ["flowfn_runtime", "flowfn", "flow", "cloudpickle", "tblib"]
 if sys.version_info < (3, 11):
@@ -42,6 +44,27 @@ class Bundle:
                     archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
             self._zip = out.getvalue()
         return self._zip
+
+
+    def place(self, directory: str) -> str:
+        """See that the files are in a directory of their own below this one; its path."""
+        import shutil
+        import tempfile
+        import zipfile
+
+        place = os.path.join(directory, self.digest)
+        if not os.path.isdir(place):
+            paths.private_dir(directory)
+            new = tempfile.mkdtemp(dir=directory)
+            try:
+                zipfile.ZipFile(io.BytesIO(self.pack())).extractall(new)
+                os.rename(new, place)
+            except OSError:
+                shutil.rmtree(new, ignore_errors=True)
+                if not os.path.isdir(place):  # else somebody else was faster
+                    raise
+        os.utime(place)
+        return place
 
 
 @lru_cache(maxsize=1)

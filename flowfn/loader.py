@@ -43,8 +43,22 @@ def main():
         line += take(1)
     ask = json.loads(line.decode())
     if ask.get("uv"):
-        command = [ask["uv"], "run", "--no-project", "--quiet", "--python", ask["python"], "python", "-c"]
-        os.execv(ask["uv"], command + [ask["start"]] + sys.argv[1:])
+        import subprocess
+        def uv(verb, *more):
+            words = [ask["uv"], "python", verb] + list(more) + [ask["python"]]
+            pipe = subprocess.PIPE
+            with open(os.devnull) as null:
+                process = subprocess.Popen(words, stdin=null, stdout=pipe, stderr=pipe)
+            said = [part.decode("utf-8", "replace").strip() for part in process.communicate()]
+            return said[0] if not process.returncode else "", said[1][-1000:]
+        found, words = uv("find", "--no-project")
+        if not found:
+            words = uv("install")[1]
+            found = uv("find", "--no-project")[0]
+        if not found:
+            say(unobtainable=words)
+            sys.exit(69)
+        os.execv(found, [found, "-c", ask["start"]] + sys.argv[1:])
     if sys.argv[2]:
         os.environ["FLOW_CACHE"] = os.path.abspath(os.path.expanduser(cache))
     place = place + "/" + ask["digest"]
@@ -88,7 +102,11 @@ done
 for p in python3 python; do
   "$p" -c "" </dev/null >/dev/null 2>&1 && exec "$p" -c "$0" "$@"
 done
-command -v uv >/dev/null 2>&1 && exec uv run --no-project --quiet --python %(v)s python -c "$0" "$@"
+if command -v uv >/dev/null 2>&1; then
+  p=$(uv python find --no-project %(v)s 2>/dev/null </dev/null) ||
+    p=$(uv python install --quiet %(v)s </dev/null >&2 && uv python find --no-project %(v)s </dev/null)
+  [ -n "$p" ] && exec "$p" -c "$0" "$@"
+fi
 echo "%(mark)s{\\"missing\\": true}"
 exit 69
 """
@@ -100,9 +118,16 @@ def program(python: str | None = None, *, cache: str | None = None) -> list[str]
     `python`: the interpreter there; None has a shell look for one of this Python's version. `cache`: the directory
     there that keeps the runtime and all else that travels; None leaves it to FLOW_CACHE there, or ~/.cache/flowfn.
     """
-    arguments = [START, _LOADER.strip("\n"), cache or ""]
+    return starting(START, _LOADER.strip("\n"), cache or "", python=python)
+
+
+def starting(text: str, *arguments: str, python: str | None = None) -> list[str]:
+    """The command line that has a program run by `python` there, or by one of this version that a shell looks for.
+
+    If only others are found, one of these runs it.
+    """
     if python is not None:
-        return [python, "-c", *arguments]
+        return [python, "-c", text, *arguments]
     major, minor = sys.version_info[:2]
     search = _SEARCH % {"v": f"{major}.{minor}", "t": f"{major}, {minor}", "mark": MARK.replace('"', '\\"')}
-    return ["/bin/sh", "-c", search, *arguments]
+    return ["/bin/sh", "-c", search, text, *arguments]

@@ -21,7 +21,7 @@ from flowfn_runtime.taskdb import TaskRow
 from flowfn_runtime.watch import Watch
 
 if TYPE_CHECKING:
-    from flowfn.backends.jobs import Jobs
+    from flowfn.backends.jobs import Jobs, State
     from flowfn.plan import Draft
 
 WAIT_S = 60.0  # how long one question may wait for news
@@ -292,18 +292,20 @@ def refresh(rows: Iterable[TaskRow]) -> list[TaskRow]:
 
 
 def _ask(place: str, rows: list[TaskRow]) -> list[TaskRow]:
+    known: Mapping[str, State | FlowError]
     try:
-        jobs = jobs_at(place)
-        known = jobs.states([row.id for row in rows])
+        known = jobs_at(place).states([row.id for row in rows])
     except FlowError as error:
-        reason = f"as it was when {rows[0].backend} answered last; now: {error.message.splitlines()[0]}"
-        return [_written(row, row._replace(reason=reason)) for row in rows]
-    return [_written(row, _judged(row, known.get(row.id), jobs.label)) for row in rows]
+        known = dict.fromkeys((row.id for row in rows), error)
+    return [_written(row, _judged(row, known.get(row.id))) for row in rows]
 
 
-def _judged(row: TaskRow, state: Any, label: str) -> TaskRow:
+def _judged(row: TaskRow, state: State | FlowError | None) -> TaskRow:
+    if isinstance(state, FlowError):
+        said = state.message.splitlines()[0]
+        return row._replace(reason=f"this is what was known when {row.backend} answered last; now: {said}")
     if state is None:
-        reason = f"{label} does not know it: its submission was interrupted, or its files were removed there"
+        reason = f"{row.backend} does not know it: its submission was interrupted, or its files were removed there"
         return row._replace(state=taskdb.FAILED, reason=reason, ended_at=time.time())
     return row._replace(**state._asdict())
 

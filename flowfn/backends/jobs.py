@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowfn_runtime.errors import ResourceUnavailable
+from flowfn_runtime.errors import FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
     from flowfn.plan import Draft
@@ -63,8 +63,11 @@ class Jobs(ABC):
         """
 
     @abstractmethod
-    def states(self, ids: Sequence[str]) -> Mapping[str, State]:
-        """How these tasks are, by one question for all of them. Of those that are not known there nothing."""
+    def states(self, ids: Sequence[str]) -> Mapping[str, State | FlowError]:
+        """How these tasks are, by one question for all of them. Of those that are not known there nothing.
+
+        Where only some can be told at the moment, the others have the error that is in the way.
+        """
 
     @abstractmethod
     def read(self, task_id: str, name: str, offset: int = 0) -> bytes:

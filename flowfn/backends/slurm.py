@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowfn import loader, shipping, slurm_options, terminal, threads
@@ -22,9 +22,11 @@ from flowfn.backends import slurm_queue, stream
 from flowfn.backends.base import Backend, Connection, Exit
 from flowfn.clock import clock
 from flowfn.slurm_options import Slurm
+from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
+    from flowfn.backends.jobs import Jobs
     from flowfn.spec import FunctionSpec
 
 ATTEMPTS = 3  # to start a worker whose job is preempted or loses its node while it starts
@@ -203,7 +205,7 @@ class SlurmBackend(Backend):
     def connect(self, spec: FunctionSpec) -> Connection:
         image = _image(spec)
         generation = self._closed
-        need, _ = self._choose(spec)
+        need, _ = self.choose(spec)
         environ = {"FLOW_HOME": self.options.home} if self.options.home else {}
         enforce = ("cpu", "memory")
         launch = functools.partial(shipping.launch, spec, enforce=enforce, environ=environ, image=image)
@@ -222,7 +224,7 @@ class SlurmBackend(Backend):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def slots(self, spec: FunctionSpec) -> int:
-        return min(self._choose(spec)[1], self.options.workers)
+        return min(self.choose(spec)[1], self.options.workers)
 
     def has_room(self, spec: FunctionSpec) -> bool:
         return not any(connection.waits for connection in list(self._live))
@@ -245,9 +247,22 @@ class SlurmBackend(Backend):
             connection.let_go(deadline)
         self.queue.close()
 
+    def jobs(self) -> Jobs:
+        from flowfn.backends.slurm_tasks import SlurmJobs
+
+        home = os.path.abspath(os.path.expanduser(self.options.home)) if self.options.home else paths.home()
+        return SlurmJobs({"backend": "slurm", "home": home}, self)
+
+    @classmethod
+    def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:
+        from flowfn.backends.slurm_tasks import SlurmJobs
+
+        return SlurmJobs(place)
+
     # what there is
 
-    def _choose(self, spec: FunctionSpec) -> tuple[slurm_options.Need, int]:
+    def choose(self, spec: FunctionSpec) -> tuple[slurm_options.Need, int]:
+        """What a worker of the spec asks for, and how many the cluster holds at once."""
         nodes = slurm_options.partition_nodes(self.queue.nodes(), self.options.partition)
         return slurm_options.choose(spec, nodes)
 

@@ -207,6 +207,7 @@ def hopeless(reason: str) -> bool:
 
 
 OOM = "went over its memory limit"
+CANCELLED = "was cancelled from outside"
 # Of a job that ended: its state, or what srun and slurmstepd said -> what happened to it.
 _ENDS = (
     (r"PREEMPT", "was preempted"),
@@ -215,7 +216,7 @@ _ENDS = (
     (r"OUT_OF_MEMORY|oom[-_ ]kill|OOM[ -]Killed|[Ee]xceeded (?:job |step )?memory limit", OOM),
     (r"BOOT_FAIL|LAUNCH_FAILED", "could not be launched"),
     (r"REQUEUE", "was requeued"),
-    (r"CANCELLED|Force Terminated|has been revoked|was cancell?ed|been cancell?ed", "was cancelled from outside"),
+    (r"CANCELLED|Force Terminated|has been revoked|was cancell?ed|been cancell?ed", CANCELLED),
 )
 
 

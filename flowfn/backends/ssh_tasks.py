@@ -49,9 +49,10 @@ class Session:
                     shipping.Launch({}, draft.snapshots).answer(link, news["ask"])
         except EOFError:
             self.broken = True
-            error = stream.ended(self._connection, self._explain)
-            error.uncertain = True  # type: ignore[attr-defined]
-            raise error from None
+            lost = stream.ended(self._connection, self._explain)
+            if isinstance(lost, BackendUnavailable):
+                lost.uncertain = True
+            raise lost from None
         except BaseException as error:
             self.broken = self.broken or not isinstance(error, FlowError)
             raise
@@ -146,7 +147,7 @@ class SshJobs(Jobs):
         try:
             fresh = Session(self._client, program, self.label, self.place.get("home"))
         except BackendUnavailable as error:
-            error.uncertain = kept is not None  # type: ignore[attr-defined]
+            error.uncertain = kept is not None
             raise
         return self._with(fresh, lambda session: session.ask(request, body, draft))
 

@@ -90,7 +90,12 @@ class BackendError(FlowError):
 
 
 class BackendUnavailable(BackendError):
-    """The backend can't be used here: it is not installed, not running or not reachable."""
+    """The backend can't be used here: it is not installed, not running or not reachable.
+
+    `uncertain`: the connection was lost before it could be known whether what was asked for was done.
+    """
+
+    uncertain: bool = False
 
 
 class ResourceUnavailable(BackendError):

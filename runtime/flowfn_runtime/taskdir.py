@@ -48,11 +48,15 @@ def create(task_id: str) -> tuple[str, int]:
     os.mkdir(os.path.join(directory, "scratch"), 0o700)
     fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    # Room for the outcome is taken now: a disk that is full by then must not hide how the task ended.
+    reserve_outcome(directory)
+    return directory, fd
+
+
+def reserve_outcome(directory: str) -> None:
+    """Take the room for the outcome now: a disk that is full by then must not hide how the task ended."""
     reserve = os.open(os.path.join(directory, "outcome.json"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.write(reserve, b" " * _OUTCOME_BYTES)
     os.close(reserve)
-    return directory, fd
 
 
 def is_held(directory: str, name: str = "lock") -> bool:

@@ -25,5 +25,8 @@ class TestSlurm(BackendContract):
     def cluster(self, slurm_cluster: SlurmCluster) -> None:
         self._cluster = slurm_cluster
 
+    def places(self) -> list[str]:
+        return [*super().places(), f"{self._cluster.root}/home", f"{self._cluster.root}/cache"]
+
     def left_over(self) -> set[str]:
         return super().left_over() | {f"job {number}" for number in self._cluster.jobs()}
