@@ -376,7 +376,7 @@ def warm_up() -> None:
 
 def main() -> None:
     """Entry of the program: with an argument, it is the JSON of a request to run one worker on standard input."""
-    if hasattr(os, "setsid") and os.getpid() != os.getsid(0):
+    if hasattr(os, "setsid") and os.getpid() != os.getpgrp():  # who leads a group, as a job's task does, can't
         os.setsid()
     if len(sys.argv) > 1:
         sys.exit(serve_stdio(json.loads(sys.argv[1])))
