@@ -375,3 +375,34 @@ def kill_stager_at(number: int, seen: S3, proxy: Proxy) -> None:
         assert process.stdin and process.stdout
         process.stdin.close()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("size", [3 * MEBI, WHOLE_BYTES + 4 * MEBI])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stager_that_ends_while_the_server_is_silent_leaves_nothing(
+    s3: S3, proxy: Proxy, size: int, number: signal.Signals
+) -> None:
+    s3.put("set/big", os.urandom(size))
+    stalled, done = threading.Event(), threading.Event()
+
+    def stall() -> None:
+        stalled.set()
+        done.wait(100)
+
+    proxy.rule = lambda request: Fault(keep=2 * MEBI, then=stall) if request.is_get else None
+    process = stager(s3.through(proxy), f"{s3.url}/set")
+    try:
+        assert stalled.wait(60)
+        process.send_signal(number)
+        process.wait(30)  # not when the server comes back
+    finally:
+        process.kill()
+        done.set()
+        assert process.stdin and process.stdout
+        process.stdin.close()
+        process.stdout.close()
+    building = Path(Cache().root, "building")
+    left = [path for path in building.rglob("*") if path.is_file() and path.stat().st_size]
+    assert not left  # the bytes went with the process, without anybody who sweeps
+    if number == signal.SIGINT:
+        assert not list(building.iterdir())

@@ -12,6 +12,10 @@ from flowfn_runtime.data.model import Object
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.errors import DataError
 
+# Files from this size on have no name until they are complete: those of a killed process are gone with it. Of smaller
+# ones little is left, and the filesystem makes them faster the usual way.
+_NAMELESS_BYTES = 1 << 20
+
 
 class Depot:
     """The cache at `root` as one process of a build sees it; `arrivals` is the build's folder for what comes in."""
@@ -43,13 +47,14 @@ class Depot:
 class ObjectJob:
     """One object to be fetched (a `transfer.Job`); left alone if another process is fetching it already."""
 
-    __slots__ = ("arrived", "depot", "name", "object")
+    __slots__ = ("arrived", "depot", "name", "nameless", "object")
 
     def __init__(self, depot: Depot, object: Object, name: str) -> None:
         self.depot = depot
         self.object = object
         self.name = name
         self.arrived: str | None = None  # its path among the arrivals
+        self.nameless = False  # whether nothing is at that path yet
 
     def begin(self) -> int | None:
         depot = self.depot
@@ -62,6 +67,9 @@ class ObjectJob:
                 return None
             self.arrived = f"{depot.folder()}/{self.name}"
             # The mode is for those who open it later.
+            if (self.object.size or 0) >= _NAMELESS_BYTES and (fd := _nameless(depot.folder())) is not None:
+                self.nameless = True
+                return fd
             return os.open(self.arrived, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
         except BaseException:
             depot.locks.release(self.name)
@@ -73,6 +81,10 @@ class ObjectJob:
         try:
             if self.object.modified is not None:
                 os.utime(fd, (self.object.modified, self.object.modified))
+            if self.nameless:
+                # The directory's descriptor is of no account, but makes Python follow the link.
+                os.link(f"/proc/self/fd/{fd}", self.arrived, src_dir_fd=fd, follow_symlinks=True)
+                self.nameless = False
             os.close(fd)
             try:
                 os.link(self.arrived, depot.stored(self.name))
@@ -88,8 +100,9 @@ class ObjectJob:
     def abandon(self, fd: int) -> None:
         os.close(fd)
         if self.arrived is not None:
-            os.unlink(self.arrived)
-            self.arrived = None
+            if not self.nameless:
+                os.unlink(self.arrived)
+            self.arrived, self.nameless = None, False
         self.depot.locks.release(self.name)
 
     def place(self, path: str) -> bool:
@@ -113,3 +126,16 @@ class ObjectJob:
                 ) from error
             raise
         return True
+
+
+def _nameless(folder: str) -> int | None:
+    """A new file in `folder` that has no name there; None where the system has none."""
+    flags = getattr(os, "O_TMPFILE", None)
+    if flags is None or not os.path.isdir("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, os.O_RDWR | flags | os.O_CLOEXEC, 0o444)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+            raise
+        return None

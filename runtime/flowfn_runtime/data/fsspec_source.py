@@ -66,6 +66,9 @@ class FsspecSource:
     def close(self) -> None:
         pass  # fsspec keeps its filesystems
 
+    def interrupt(self) -> None:
+        pass  # and their connections
+
     def _info(self) -> Mapping[str, Any]:
         self._fs.invalidate_cache()
         info: Mapping[str, Any] = self._fs.info(self._path)

@@ -14,6 +14,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import ssl
@@ -118,6 +119,7 @@ class Pool:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self._idle: deque[Connection] = deque()
+        self._all: WeakSet[Connection] = WeakSet()
 
     def request(self, method: str, head: bytes, body: Body = None) -> Response:
         """Send a request on an idle connection, or a new one. It is idle again when the answer's body is taken."""
@@ -125,7 +127,13 @@ class Pool:
             connection = self._idle.pop()
         except IndexError:
             connection = Connection(self.endpoint, self._idle.append)
+            self._all.add(connection)
         return connection.request(method, head, body)
+
+    def interrupt(self) -> None:
+        """Break the connections, those in use too: who waits for an answer gets a `WireError` at once."""
+        for connection in list(self._all):
+            connection.interrupt()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -197,6 +205,15 @@ class Connection:
             self._socket.close()
             self._socket = None
         self._start = self._end = 0
+
+    def interrupt(self) -> None:
+        """Break the connection under the thread that uses it."""
+        sock = self._socket
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is not connected any more
 
     def __del__(self) -> None:
         # The threads that connections belong to end without a word.

@@ -95,6 +95,10 @@ class S3:
         """Close idle connections."""
         self._pool.close()
 
+    def interrupt(self) -> None:
+        """Break all connections."""
+        self._pool.interrupt()
+
     def _sign(
         self,
         headers: dict[str, str],

@@ -49,6 +49,9 @@ class Source(Protocol):
     def close(self) -> None:
         """Close idle connections."""
 
+    def interrupt(self) -> None:
+        """Break connections that are in use, as far as that can be done: a transfer is to end now."""
+
 
 def open_source(url: str, options: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> Source:
     """The source at `url`. `options` as fsspec names them; `env` goes over the process's environment."""
@@ -101,6 +104,9 @@ class S3Source:
 
     def close(self) -> None:
         self.client.close()
+
+    def interrupt(self) -> None:
+        self.client.interrupt()
 
     def fetch(self, object: Object, first: int, last: int | None, sink: Sink) -> Mapping[str, str]:
         whole = first == 0 and (last is None or object.size is None or last >= object.size - 1)
@@ -258,6 +264,9 @@ class HttpSource:
 
     def close(self) -> None:
         self._pool.close()
+
+    def interrupt(self) -> None:
+        self._pool.interrupt()
 
     def _go_to(self, url: str) -> None:
         parts = urlsplit(url)

@@ -100,7 +100,8 @@ class _Fetch:
             self._stop(CallCancelled("The transfer was stopped."))
             with self.lock:
                 while self.running:
-                    self.lock.wait()
+                    self.source.interrupt()  # and again, since one may just have been connecting
+                    self.lock.wait(0.1)
             raise
         finally:
             for parts in self.open_parts:
@@ -230,6 +231,8 @@ class _Fetch:
 
             def sink(piece: memoryview) -> None:
                 nonlocal position
+                if self.failure is not None:
+                    raise CallCancelled("The transfer was stopped.")
                 write_all(fd, piece, position)
                 position += len(piece)
                 if digest:
