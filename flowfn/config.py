@@ -136,6 +136,12 @@ def _read(path: str, table: bool) -> dict[str, Any]:
     return content
 
 
+def read_toml(path: str) -> dict[str, Any]:
+    """A file in that format, whoever's it is. Raises ConfigError."""
+    with open(path, "rb") as file:
+        return _parse(file.read(), path)
+
+
 def _parse(raw: bytes, path: str) -> dict[str, Any]:
     import sys
 

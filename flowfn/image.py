@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,9 +32,15 @@ class Step(NamedTuple):
     @property
     def title(self) -> str:
         """The step as it was written, shortened, for messages."""
-        shown = [repr(arg) for arg in self.args[:4]] if self.op != "env" else [a.partition("=")[0] for a in self.args]
+        shown = [_shown(arg) for arg in self.args[:4]] if self.op != "env" else [a.partition("=")[0] for a in self.args]
         more = [f"... {len(self.args) - 4} more"] if len(self.args) > 4 and self.op != "env" else []
-        return f"{self.op}({', '.join(shown + more)})"
+        files = [name for name, _ in self.files]
+        return f"{self.op}({', '.join(shown + more + files)})"
+
+
+def _shown(arg: str) -> str:
+    option, given, _ = arg.partition("=")
+    return f"{option}=..." if given and option.startswith("--") else repr(arg)  # an index's URL may hold a password
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,22 @@ class Image:
     def here(cls) -> Image:
         """This Python, with the packages of this environment in exactly their versions.
 
-        Packages that were installed from a directory (in editable mode or not) are left out if they are part of the
-        project, which travels by itself. Raises ValidationError for others, which no other machine could install.
+        They are locked by hash where hashes are known: of what was installed from a URL, and of what the project's
+        `uv.lock` or `pylock.toml` has in that version. Packages that were installed from a directory (in editable mode
+        or not) are left out if they are part of the project, which travels by itself. Raises ValidationError for
+        others, which no other machine could install.
         """
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        packages = tuple(sorted(_installed()))
         image = cls("venv", version)
+        packages = sorted(_installed())
+        locked = [package for package in packages if " --hash=" in package]
+        pinned = [package for package in packages if " --hash=" not in package]
         # Everything is named, so nothing needs to be resolved; and what is here works together, whatever it says.
-        return image._and(Step("pip_install", ("--no-deps", *packages))) if packages else image
+        # Those with hashes by themselves: pip wants hashes of all, or of none.
+        if locked:
+            lines = "".join(f"{package}\n" for package in locked)
+            image = image._and(Step("pip_install", ("--no-deps", "--require-hashes"), (("locked.txt", lines),)))
+        return image._and(Step("pip_install", ("--no-deps", *pinned))) if pinned else image
 
     @classmethod
     def python(cls, version: str) -> Image:
@@ -90,15 +104,23 @@ class Image:
 
     # steps
 
-    def pip_install(self, *packages: str, requirements: str | os.PathLike[str] | None = None) -> Image:
-        """Install packages, named as for pip, and those of a requirements file."""
+    def pip_install(
+        self, *packages: str, requirements: str | os.PathLike[str] | None = None, options: Iterable[str] = ()
+    ) -> Image:
+        """Install packages, named as for pip, and those of a requirements file.
+
+        `options` are those of `pip install` and `uv pip install`: `["--extra-index-url=https://example.org/simple"]`.
+        """
+        options = tuple(options)
+        if any(not isinstance(option, str) or not re.match(r"--\w[^\n]*$", option) for option in options):
+            raise ValidationError(f"options={list(options)!r} is not accepted; accepted: ['--index-url=URL'] and such")
         for package in packages:
             if not isinstance(package, str) or not package.strip() or "\n" in package or package.startswith("-"):
                 raise ValidationError(f"pip_install({package!r}) is not accepted; accepted: 'numpy>=2' and the like")
         files = (("requirements.txt", _text(requirements)),) if requirements is not None else ()
         if not packages and not files:
             raise ValidationError("pip_install() installs nothing; name packages, or a file with requirements=")
-        return self._and(Step("pip_install", packages, files))
+        return self._and(Step("pip_install", (*options, *packages), files))
 
     def uv_sync(self, lock: str | os.PathLike[str] = "uv.lock") -> Image:
         """Install what a `uv.lock` says, exactly; `pyproject.toml` has to lie beside it."""
@@ -228,9 +250,10 @@ def _installed() -> Iterator[str]:
     from importlib import metadata
 
     seen: set[str] = set()
+    known = _locked()
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
-        key = re.sub(r"[-_.]+", "-", name or "").lower()
+        key = _normal(name or "")
         if not key or key in seen or key in _OWN:
             continue
         seen.add(key)
@@ -241,11 +264,38 @@ def _installed() -> Iterator[str]:
             vcs = origin["vcs_info"]
             yield f"{name} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
         elif origin.get("url", "").startswith(("http://", "https://")):
-            hashes = origin.get("archive_info", {}).get("hashes", {})
-            fragment = "".join(f"#{kind}={value}" for kind, value in list(hashes.items())[:1])
-            yield f"{name} @ {origin['url']}{fragment}"
+            yield f"{name} @ {origin['url']}" + _hashes(origin.get("archive_info", {}).get("hashes", {}))
         else:
-            yield f"{name}=={distribution.version}"
+            found = known.get((key, distribution.version), [])
+            here = origin.get("archive_info", {}).get("hashes", {})  # of a file: the index may have the same
+            yield f"{name}=={distribution.version}" + (_hashes(here) or "".join(f" --hash={h}" for h in found))
+
+
+def _hashes(archive: Mapping[str, str]) -> str:
+    """Of an installed archive, as pip's option."""
+    return f" --hash=sha256:{archive['sha256']}" if "sha256" in archive else ""
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _locked() -> dict[tuple[str, str], list[str]]:
+    """The hashes that the lock files of the project have, by name and version."""
+    from flowfn import config, userproject
+
+    top = userproject.top(os.path.realpath(os.getcwd()))
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, packages in (("uv.lock", "package"), ("pylock.toml", "packages")):
+        path = os.path.join(top, name)
+        if not os.path.exists(path):
+            continue
+        for package in config.read_toml(path).get(packages, ()):
+            files = [*package.get("wheels", ()), *([package["sdist"]] if "sdist" in package else [])]
+            hashes = [h for file in files for h in ([file["hash"]] if "hash" in file else [])]
+            hashes += [f"sha256:{file['hashes']['sha256']}" for file in files if "sha256" in file.get("hashes", {})]
+            found[_normal(package["name"]), package.get("version", "")] = hashes
+    return found
 
 
 def _check_travels(name: str, url: str) -> None:
@@ -258,7 +308,11 @@ def _check_travels(name: str, url: str) -> None:
     entries = [os.path.realpath(entry or os.getcwd()) for entry in sys.path]
     roots = userproject.find_roots(entries, os.path.realpath(os.getcwd()))
     inside = any(directory == root or directory.startswith(root + "/") for root in roots)
-    if not inside and not any(root.startswith(directory + "/") for root in roots) and name in sys.modules:
+    if (
+        not inside
+        and not any(root.startswith(directory + "/") for root in roots)
+        and name.replace("-", "_") in sys.modules
+    ):
         raise ValidationError(
             f"{name} was installed from {directory}, which is not part of the project, so no other machine can have it",
             hint="run from within the project, or say what to install: flow.Image.python(...).pip_install(...)",

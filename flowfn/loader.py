@@ -45,7 +45,7 @@ def main():
     if ask.get("uv"):
         import subprocess
         def uv(verb, *more):
-            words = [ask["uv"], "python", verb] + list(more) + [ask["python"]]
+            words = [ask["uv"], "--no-cache", "python", verb] + list(more) + [ask["python"]]
             pipe = subprocess.PIPE
             with open(os.devnull) as null:
                 process = subprocess.Popen(words, stdin=null, stdout=pipe, stderr=pipe)
@@ -103,8 +103,9 @@ for p in python3 python; do
   "$p" -c "" </dev/null >/dev/null 2>&1 && exec "$p" -c "$0" "$@"
 done
 if command -v uv >/dev/null 2>&1; then
-  p=$(uv python find --no-project %(v)s 2>/dev/null </dev/null) ||
-    p=$(uv python install --quiet %(v)s </dev/null >&2 && uv python find --no-project %(v)s </dev/null)
+  find="uv --no-cache python find --no-project %(v)s"
+  p=$($find 2>/dev/null </dev/null) ||
+    p=$(uv --no-cache python install --quiet %(v)s </dev/null >&2 && $find </dev/null)
   [ -n "$p" ] && exec "$p" -c "$0" "$@"
 fi
 echo "%(mark)s{\\"missing\\": true}"

@@ -284,8 +284,7 @@ def load(
     there = lines.next()
     if choice := _choose(there, connection.label):
         _write(stream.write_fd, json.dumps(choice).encode() + b"\n")
-        there = lines.next()
-        _choose({**there, "uv": None}, connection.label)
+        there = _other(there, lines.next(), connection.label)
     connection.python = there["executable"]
     has = runtime.digest in there["runtimes"] or (elsewhere is not None and elsewhere())
     packed = b"" if has else runtime.pack()
@@ -313,12 +312,26 @@ def _choose(there: dict[str, Any], label: str) -> dict[str, str] | None:
     if there["python"][:2] == [major, minor] and there["implementation"] == name:
         return None
     if there["uv"] is None:
-        found = ".".join(map(str, there["python"]))
-        raise VersionMismatch(
-            f"{label} has {there['implementation']} {found} ({there['executable']}), this client has {name} {wanted}",
-            hint=f"install Python {wanted} or uv there, or say where it is with python=",
-        )
+        raise _mismatch(there, label)
     return {"uv": there["uv"], "python": wanted, "start": loader.START}
+
+
+def _other(there: dict[str, Any], other: dict[str, Any], label: str) -> dict[str, Any]:
+    """What the Python says that uv was to start in place of the one that is there. Raises VersionMismatch."""
+    if "unobtainable" in other:
+        raise _mismatch(there, label, f", and uv there can't get it: {other['unobtainable']}")
+    _choose({**other, "uv": None}, label)
+    return other
+
+
+def _mismatch(there: dict[str, Any], label: str, more: str = "") -> VersionMismatch:
+    wanted = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    found = ".".join(map(str, there["python"]))
+    return VersionMismatch(
+        f"{label} has {there['implementation']} {found} ({there['executable']}), this client has "
+        f"{sys.implementation.name} {wanted}{more}",
+        hint=f"install Python {wanted}{' there' if more else ' or uv there'}, or say where it is with python=",
+    )
 
 
 def _loaded(connection: StreamConnection) -> None:

@@ -9,34 +9,41 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Callable
 
 from . import paths
 
 READY = ".flowfn-ready"  # in a directory that is whole
+_making: list[int] = []  # the locks of what this process makes
 
 
-def get(place: str, make: Callable[[str], None]) -> int:
+def get(place: str, make: Callable[[str], None], waits: Callable[[], None] | None = None) -> int:
     """See that the directory `place` is there, by `make(place)` if it is not; a descriptor that keeps it while open.
 
-    Of many who ask at a time one makes it. What was begun and not finished is removed first.
+    Of many who ask at a time one makes it; the others call `waits`, and wait. What was begun and not finished is
+    removed first.
     """
     paths.private_dir(os.path.dirname(place))
-    fd = os.open(f"{place}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _open(place, ".lock")
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         if not os.path.exists(f"{place}/{READY}"):
-            making = os.open(f"{place}.making", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            making = _open(place, ".making")
+            _making.append(making)
             try:
-                fcntl.flock(making, fcntl.LOCK_EX)
+                _lock(making, waits)
                 if not os.path.exists(f"{place}/{READY}"):
-                    shutil.rmtree(place, ignore_errors=True)
+                    remove(place)
                     os.mkdir(place, 0o700)
-                    make(place)
-                    os.close(os.open(f"{place}/{READY}", os.O_CREAT | os.O_WRONLY, 0o600))
+                    try:
+                        make(place)
+                        os.close(os.open(f"{place}/{READY}", os.O_CREAT | os.O_WRONLY, 0o600))
+                    except BaseException:
+                        remove(place)  # at once: it may be what filled the disk
+                        raise
             finally:
+                _making.remove(making)
                 os.close(making)
         os.utime(fd)
     except BaseException:
@@ -45,17 +52,51 @@ def get(place: str, make: Callable[[str], None]) -> int:
     return fd
 
 
-def drop_old(directory: str, seconds: float) -> None:
-    """Delete what nobody uses, and nobody used for so long."""
+def making() -> list[int]:
+    """Descriptors for programs that help to make a directory: as long as one has them, nobody begins anew."""
+    return list(_making)
+
+
+def drop_old(directory: str, seconds: float, most: int | None = None) -> None:
+    """Delete what nobody uses and nobody used for so long; and of the rest the least recently used, down to `most`."""
+    found = []
     for entry in list(os.scandir(directory)):
         place, suffix = os.path.splitext(entry.path)
-        if suffix != ".lock" or time.time() - entry.stat().st_mtime < seconds:
-            continue
-        fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
+        if suffix == ".lock" and os.path.isdir(place):
+            found.append((time.time() - entry.stat().st_mtime, place))
+    for rank, (age, place) in enumerate(sorted(found)):
+        if age >= seconds or (most is not None and rank >= most):
+            drop(place)
+
+
+def drop(place: str) -> bool:
+    """Delete a directory unless somebody uses it. Its lock stays: another may be waiting for it."""
+    fd = _open(place, ".lock")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove(place)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _open(place: str, suffix: str) -> int:
+    return os.open(f"{place}{suffix}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _lock(fd: int, waits: Callable[[], None] | None) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waits is not None:
+            waits()
+        fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def remove(place: str) -> None:
+    """Delete a directory with all that is in it, as far as it goes."""
+    import shutil
+
+    shutil.rmtree(place, ignore_errors=True)

@@ -263,3 +263,42 @@ def test_what_was_not_finished_is_made_anew(tmp_path: Path) -> None:
         kept.get(place, fail)
     os.close(kept.get(place, lambda place: (Path(place) / "whole").touch()))
     assert {path.name for path in Path(place).iterdir()} == {"whole", kept.READY}
+
+
+def test_of_what_is_kept_the_least_recently_used_goes(tmp_path: Path) -> None:
+    directory = tmp_path / "kept"
+    fds = {name: kept.get(str(directory / name), lambda place: None) for name in "abcd"}
+    for age, name in enumerate("dcba"):
+        os.utime(directory / f"{name}.lock", (0, 1_000_000_000 - age))
+    os.close(fds.pop("b"))
+    os.close(fds.pop("c"))
+    kept.drop_old(str(directory), float("inf"), most=2)
+    assert {path.name for path in directory.iterdir() if path.is_dir()} == {"a", "c", "d"}  # a is in use
+    for fd in fds.values():
+        os.close(fd)
+
+
+def test_projects_and_runtimes_that_nobody_uses_go(
+    elsewhere: Callable[..., Elsewhere], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = elsewhere()
+    cache = backend.home / "cache"
+    old = [cache / "runtime" / f"old-{number}" for number in range(6)]
+    for number, place in enumerate(old):
+        place.mkdir(parents=True)
+        os.utime(place, (number, number))
+    module("def f():\n    return 1\n")
+    in_use = backend.connect(FunctionSpec())  # a worker of the project as it is
+    for number in range(40):
+        module(f"# {number}\n")
+        connection = backend.connect(FunctionSpec())
+        connection.kill()
+        connection.exit(30)
+        userproject.look_again()
+    trees = list((cache / "projects" / "trees").iterdir())
+    assert len(trees) <= 32 + 3  # those just ended may count as in use
+    contents = {path.read_bytes() for path in (cache / "projects" / "blobs").rglob("*") if path.is_file()}
+    assert b"# 39\n" in contents and b"# 0\n" not in contents
+    assert b"def f():\n    return 1\n" in contents  # in use all the time
+    assert sum(place.exists() for place in old) == 3  # beside the one in use the most recent ones
+    in_use.kill()
