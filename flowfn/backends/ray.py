@@ -1,400 +1,359 @@
-"""The Ray backend: workers are Ray actors, so Ray schedules them and its object store carries what is big.
+"""The Ray backend: each worker is a Ray task, so Ray schedules it, by `num_cpus`, `num_gpus`, `memory` and the like.
 
-An actor does not run the user's code itself. It relays frames to a worker of the local backend on its node, which is
-where limits, mounts, logs and the end of process trees are seen to, as everywhere. What Ray is asked for is what it
-schedules by: `num_cpus`, `num_gpus`, `memory`, `accelerator_type`.
+The task starts the worker's program on its node and stays until that ends (see `ray_lease`). Workers live long: a map
+starts some and sends them all of its items, so that small calls cost far less than a Ray task each. On nodes of this
+machine the worker's stream leads straight there, with shared memory for big buffers; from others it is relayed by an
+actor, and Ray's object store carries what is big. Where Ray has no room, idle workers of other shapes end to make some.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+import time
+import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
 
-from flowfn import userproject
-from flowfn.backends.base import Backend, Connection, Exit
-from flowfn.bundle import Bundle, bundle
-from flowfn_runtime import pickling, project, wire
-from flowfn_runtime.errors import BackendUnavailable, ResourceUnavailable
+from flowfn import shipping, terminal
+from flowfn.backends import ray_connection, ray_lease, ray_resources, stream
+from flowfn.backends.base import Backend, Connection
+from flowfn.bundle import bundle
+from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
+    from flowfn.image import Image
     from flowfn.spec import FunctionSpec
 
-START_S = 300.0  # how long an actor may take to be scheduled and to start
-GROUPS = {"inward": 1, "outward": 1, "control": 2}  # of the actor's methods: how many run at a time
-LOST = (ray.exceptions.RayError, ray.exceptions.RayActorError)
-
-
-class Shell:
-    """The actor. It goes by value and imports nothing of flowfn's before it has unpacked that, so that nodes need none.
-
-    What it says and does is Relay's.
-    """
-
-    def __init__(self, digest: str, packed: list[Any], arguments: bytes) -> None:
-        import io
-        import os
-        import pickle
-        import sys
-        import tempfile
-        import zipfile
-
-        import ray
-
-        place = os.path.join(tempfile.gettempdir(), f"flowfn-{os.getuid()}", digest)
-        if not os.path.isdir(place):
-            os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-            partial = tempfile.mkdtemp(dir=os.path.dirname(place))
-            zipfile.ZipFile(io.BytesIO(ray.get(packed[0]))).extractall(partial)
-            try:
-                os.rename(partial, place)
-            except OSError:  # another actor was faster
-                import shutil
-
-                shutil.rmtree(partial)
-        sys.path.insert(0, place)
-        from flowfn.backends.ray import Relay
-
-        self._relay = Relay(packed[1:], *pickle.loads(arguments))
-
-    @ray.method(concurrency_group="control")
-    def start(self) -> str:
-        return self._relay.start()
-
-    @ray.method(concurrency_group="inward")
-    def feed(self, head: Any, body: Any, *buffers: Any) -> None:
-        self._relay.feed(head, body, *buffers)
-
-    @ray.method(concurrency_group="outward")
-    def take(self) -> Any:
-        return self._relay.take()
-
-    @ray.method(concurrency_group="control")
-    def exit(self) -> Any:
-        return self._relay.exit()
-
-
-class Relay:
-    """In the actor: a worker of the local backend on this node, and the frames from and to it."""
-
-    def __init__(
-        self,
-        packed: Sequence[Any],
-        spec: FunctionSpec,
-        digests: Sequence[str],
-        places: Sequence[tuple[int, str]],
-        cwd: tuple[int, str] | None,
-    ) -> None:
-        from flowfn.backends.local import LocalBackend
-        from flowfn_runtime import checkout
-
-        roots = []
-        self._leases = []  # what keeps the project's files from being cleared away
-        for digest, reference in zip(digests, packed, strict=True):
-            place, lease = checkout.get(digest, partial(_unpack, reference))
-            roots.append(place)
-            self._leases.append(lease)
-        sys.path[:0] = [os.path.normpath(f"{roots[number]}/{below}") for number, below in places]
-        if roots:
-            number, below = cwd or (0, ".")
-            os.chdir(os.path.normpath(f"{roots[number]}/{below}"))
-        self._connection: Any = LocalBackend().connect(spec)
-        self._greeted = False
-
-    def start(self) -> str:
-        """Where this is, for people. Returning says that the worker was started."""
-        return f"ray node {os.uname().nodename}"
-
-    def feed(self, head: tuple[int, int, int, int, bytes], body: Any, *buffers: Any) -> None:
-        """A frame for the worker."""
-        kind, flags, call, arg, meta = head
-        stream = self._connection.stream
-        if kind == wire.HELLO and not self._greeted:
-            meta = self._hello(meta)
-        try:
-            stream.send(
-                kind, call=call, arg=arg, flags=flags, meta=meta, body=body, buffers=[memoryview(b) for b in buffers]
-            )
-        except EOFError:
-            pass  # `take` says so
-
-    def _hello(self, meta: bytes) -> bytes:
-        """The client's HELLO, with the paths and environment of this node under its own, and shared memory agreed."""
-        import json
-
-        from flowfn_runtime import shm
-
-        self._greeted = True
-        theirs = json.loads(meta)
-        here = dict(self._connection.hello())
-        side = self._connection.side
-        if side is not None:
-            self._arena, self._mapped = shm.Arena(side), shm.Mapped(side)
-            stream = self._connection.stream
-            stream.arena, stream.mapped = self._arena, self._mapped
-        env = {**here["env"], **theirs.get("env", {})}
-        return json.dumps({**here, **theirs, "env": env, "shm": side is not None}).encode()
-
-    def take(self) -> list[tuple[tuple[int, int, int, int, bytes], Any, list[Any]]]:
-        """The next frames of the worker: one, and what else has come; none when it has ended."""
-        import numpy
-
-        frames: list[Any] = []
-        stream = self._connection.stream
-        try:
-            while not frames or stream.pending:
-                frame = stream.receive()
-                head = (frame.kind, frame.flags & ~wire.BODY_SHARED, frame.call, frame.arg, frame.meta)
-                buffers = [numpy.frombuffer(buffer, dtype=numpy.uint8) for buffer in frame.buffers]
-                frames.append((head, bytes(frame.body), buffers))
-        except EOFError:
-            pass
-        return frames
-
-    def exit(self) -> Exit:
-        """How the worker ended."""
-        how: Exit = self._connection.exit(5.0)
-        return how
-
-
-def _unpack(reference: Any) -> None:
-    """A snapshot of the project from Ray's object store into this host's."""
-    import io
-
-    from flowfn_runtime import checkout
-
-    project.unpack(io.BytesIO(ray.get(reference)), checkout.store())
-
-
-class RayStream:
-    """Frames over an actor's methods, with the face of a `wire.Stream`. Ray keeps the order of one caller's calls."""
-
-    arena = None
-    mapped = None
-    read_fd = write_fd = -1
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-        self._frames: deque[Any] = deque()
-        self._taking: Any = None
-        self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def pending(self) -> int:
-        return len(self._frames)
-
-    def send(
-        self,
-        kind: int,
-        *,
-        call: int = 0,
-        arg: int = 0,
-        flags: int = 0,
-        meta: bytes = b"",
-        body: Any = b"",
-        buffers: Sequence[Any] = (),
-    ) -> None:
-        import numpy
-
-        if self._closed:
-            raise EOFError("the connection was closed")
-        arrays = [numpy.frombuffer(buffer, dtype=numpy.uint8) for buffer in buffers]
-        with self._lock:
-            try:
-                self._actor.feed.remote((kind, flags, call, arg, meta), bytes(body), *arrays)
-            except LOST as error:
-                raise EOFError(str(error)) from None
-
-    def receive(self) -> wire.Frame:
-        while not self._frames:
-            if self._closed:
-                raise EOFError("the connection was closed")
-            try:
-                if self._taking is None:
-                    self._taking = self._actor.take.remote()
-                frames, self._taking = ray.get(self._taking), self._actor.take.remote()
-            except LOST as error:
-                raise EOFError(str(error).splitlines()[0]) from None
-            if not frames:
-                raise EOFError("the worker has ended")
-            self._frames.extend(frames)
-        (kind, flags, call, arg, meta), body, buffers = self._frames.popleft()
-        return wire.Frame(kind, flags, call, arg, meta, body, buffers)
-
-    def close(self) -> None:
-        self._closed = True
-
-
-class RayConnection(Connection):
-    def __init__(self, actor: Any, env: Mapping[str, str], node: str) -> None:
-        self._actor = actor
-        self._env = env
-        self.label = node
-        self.stream = RayStream(actor)  # type: ignore[assignment]
-
-    def hello(self) -> Mapping[str, Any]:
-        return {"env": dict(self._env)}
-
-    def kill(self) -> None:
-        # The relay's host process sees its client go, and ends the worker with all it started.
-        ray.kill(self._actor, no_restart=True)
-
-    def exit(self, timeout: float) -> Exit:
-        try:
-            how: Exit = ray.get(self._actor.exit.remote(), timeout=max(timeout, 5.0))
-        except ray.exceptions.GetTimeoutError:
-            return Exit(detail="its Ray actor does not answer")
-        except LOST as error:
-            return Exit(detail=f"its Ray actor is gone: {str(error).splitlines()[0]}")
-        return how
-
-    def close(self) -> None:
-        self.stream.close()
-        try:
-            ray.kill(self._actor, no_restart=True)
-        except LOST:
-            pass
+LOOK_S = 0.25  # how often it is looked at why a worker does not start
+ROOM_S = 3.0  # after so long idle workers make room, whatever Ray says of what is free
+UNWANTED_S = 10.0  # after so long a worker that no call waits for any more is given up
+START_S = 60.0  # how long a relayed worker may take, once its node is known
+ATTEMPTS = 3  # to start a worker: the project changes while it is sent, or the node is lost
+WAIT_S = 600.0  # for Ray to have room for a worker; an autoscaler takes minutes
 
 
 class RayBackend(Backend):
     """Workers on a Ray cluster: a running one (`address` or `url`, `RAY_ADDRESS`), else one started on this machine.
 
-    `url` may be `ray://head:10001`. `runtime_env` is passed to Ray beside what flowfn puts there: its own packages and
-    the project's working directory.
+    `url` may be `ray://head:10001`. `resources`: custom resources that each worker takes. `spread`: workers go to as
+    many nodes as there are. `runtime_env` is passed to Ray. `cache`, `home`: directories on the nodes in place of
+    ~/.cache/flowfn and ~/.flowfn. `wait`: seconds for Ray to have room for a worker. `direct=False` has all frames
+    relayed by Ray, as they are from other machines.
     """
 
     name = "ray"
+    ships_project = True
 
     def __init__(
-        self, *, url: str | None = None, address: str | None = None, runtime_env: Mapping[str, Any] | None = None
+        self,
+        *,
+        url: str | None = None,
+        address: str | None = None,
+        resources: Mapping[str, float] | None = None,
+        spread: bool = False,
+        runtime_env: Mapping[str, Any] | None = None,
+        cache: str | None = None,
+        home: str | None = None,
+        wait: float = WAIT_S,
+        direct: bool = True,
     ) -> None:
-        self._address = url if url and url != "ray" else address
+        self._address = (url if url not in ("ray", "ray://") else None) or address
+        self._resources = dict(resources or {})
+        self._spread = spread
         self._runtime_env = dict(runtime_env or {})
+        self._cache = cache
+        self._environ = {"FLOW_HOME": home} if home else {}
+        self._wait_s = wait
+        self._direct = direct
         self._started = False
-        self._stored: dict[str, Any] = {}  # digest: reference
+        self._door: ray_connection.Door | None = None
+        self._far: set[str] = set()  # nodes that don't reach the door
+        self._near: set[str] = set()
+        self._packed: tuple[str, Any] = ("", None)  # the runtime in the object store of which session
+        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._leases: set[ray_connection.Lease] = set()  # that were asked for and are not there
+        self._waiting: set[ray_connection.Lease] = set()  # of these, those that Ray has no room for
+        self._closed = 0  # how often
         self._lock = threading.Lock()
+        _backends.add(self)
 
-    def _connect(self) -> None:
+    # the contract
+
+    def connect(self, spec: FunctionSpec) -> Connection:
+        environment, options = self._image(spec)
+        need = self._choose(spec)
+        options = {**need.options, **options, "max_retries": 0}
+        if self._spread:
+            options["scheduling_strategy"] = "SPREAD"
+        launch = shipping.launch(spec, enforce={"cpu", "memory"}, environ=self._environ, image=environment)
+        generation = self._closed
+        for attempt in range(1, ATTEMPTS + 1):
+            connection: Any = self._start(spec, need, options, generation)
+            try:
+                self._check_open(generation)
+                said = connection.said_first
+                told = {**launch.setup, "alive": said["alive"]}
+                told["request"] = {**told["request"], "side_fd": said["side_fd"]}
+                shipping.Launch(told, launch.roots).send(connection.stream)
+                stream.prepare(connection, shipping.Launch(told, launch.roots))
+                started: Connection = connection
+                return started
+            except BaseException as error:
+                how = connection.exit(stream.END_S).detail if isinstance(error, EOFError) else ""
+                connection.kill()
+                connection.close()
+                if isinstance(error, EOFError) and attempt == ATTEMPTS:
+                    raise BackendUnavailable(f"{connection.label}: a worker's program ended early: {how}") from None
+                newer = launch.newer() if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS else None
+                if newer is not None:
+                    launch = newer  # files were edited while they were sent
+                elif not isinstance(error, EOFError):
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def slots(self, spec: FunctionSpec) -> int:
+        return self._choose(spec).slots
+
+    def has_room(self, spec: FunctionSpec) -> bool:
+        return not self._waiting
+
+    def close(self) -> None:
+        self._closed += 1
+        leases, connections = list(self._leases), list(self._open)
+        for lease in leases:
+            lease.give_up()
+        for connection in connections:
+            connection.kill()
+        for lease in leases:
+            lease.over.wait(stream.END_S)
+        for connection in connections:
+            connection.exit(stream.END_S)
+        with self._lock:
+            door, self._door = self._door, None
+            if door is not None:
+                door.close()
+            self._near.clear()
+            self._far.clear()
+            if self._started:
+                self._started = False
+                ray.shutdown()
+
+    def forget(self) -> None:
+        """In a forked child: Ray is the parent's, and can't be used here."""
+        if self._door is not None:
+            self._door.left()
+        self._door = None
+        self._started = False
+
+    # the cluster
+
+    def _init(self) -> None:
+        """Be connected to the cluster, or start one here."""
+        if _forked:
+            raise BackendUnavailable(
+                "this process was forked from one that uses Ray, and Ray can't be used in both",
+                hint='start processes with the method "spawn"',
+            )
         with self._lock:
             if ray.is_initialized():
                 return
+            # Which thread connects is no matter to us, and Ray warns that it takes no SIGTERM in this one.
+            logger = logging.getLogger("ray._private.worker")
+            level = logger.level
+            logger.setLevel(logging.ERROR)
             try:
                 ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", namespace="flowfn")
-            except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
                 where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
                 raise BackendUnavailable(
                     f"no Ray cluster can be had at {where}: {error}",
                     hint="is it running, and the address right? `ray status` tells",
                 ) from error
+            finally:
+                logger.setLevel(level)
             self._started = True
 
-    def connect(self, spec: FunctionSpec) -> Connection:
-        if spec.image is not None:
-            raise BackendUnavailable(
-                f"image={spec.image!r}: the Ray backend runs functions in the environment of the cluster's nodes",
-                hint='leave image= out, or configure the backend with runtime_env={"image_uri": ...}',
-            )
-        self._connect()
-        self.slots(spec)
-        env = spec.environment(os.environ)
-        options = self._resources(spec)
-        relayed = spec.replace(gpu=None, env=dict(env), secrets=None, backend=None)
-        code = userproject.code()
-        options["max_restarts"] = 0
-        carried = bundle()
-        packed = [self._put(part) for part in (carried, *code.roots)]
-        digests = [root.digest for root in code.roots]
-        arguments = bytes(pickling.dumps((relayed, digests, code.sys_path, code.cwd)).data)
-        actor = (
-            ray.remote(concurrency_groups=GROUPS)(Shell).options(**options).remote(carried.digest, packed, arguments)
-        )
+    def nodes(self) -> list[Mapping[str, float]]:
+        """The resources of the nodes that are alive."""
+        self._init()
         try:
-            node = ray.get(actor.start.remote(), timeout=START_S)
+            return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        except ray_connection.GONE as error:
+            raise self._lost(error) from error
+
+    def _choose(self, spec: FunctionSpec) -> ray_resources.Need:
+        return ray_resources.choose(spec, self.nodes(), self._resources)
+
+    def _lost(self, error: BaseException) -> BackendUnavailable:
+        where = self._address or "here"
+        return BackendUnavailable(
+            f"the Ray cluster at {where} does not answer: {ray_connection.summary(error)}",
+            hint="is it running? `ray status` tells",
+        )
+
+    def _image(self, spec: FunctionSpec) -> tuple[Image | None, dict[str, Any]]:
+        """What to build on the node, and options for Ray."""
+        image: Any = spec.image
+        runtime_env = dict(self._runtime_env)
+        if isinstance(image, str) or (image is not None and image.kind == "registry"):
+            reference = image if isinstance(image, str) else image.source
+            if not isinstance(image, str) and image.steps:
+                raise ConfigError(
+                    f"image={image!r}: Ray runs containers as they are, and can't add steps to them",
+                    hint="build and push it, and name what you pushed; or use flow.Image.python(...)",
+                )
+            return None, {"runtime_env": {**runtime_env, "image_uri": reference}}
+        if image is not None and image.kind != "venv":
+            raise ConfigError(
+                f"image={image!r}: Ray can't build a container",
+                hint="build and push it, and name it with flow.Image.from_registry; or use flow.Image.python(...)",
+            )
+        return image, {"runtime_env": runtime_env} if runtime_env else {}
+
+    # starting a worker
+
+    def _check_open(self, generation: int) -> None:
+        if self._closed != generation or not ray.is_initialized():  # else Ray would start a cluster
+            raise BackendUnavailable("the ray backend was shut down while a worker started")
+
+    def _start(self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], generation: int) -> Any:
+        """Start a worker's program where Ray has room for it."""
+        self._check_open(generation)
+        try:
+            order = {
+                "digest": bundle().digest,
+                "cache": self._cache,
+                "environ": {"FLOW_CACHE": self._cache} if self._cache else {},
+                "drop": [] if spec.cpu else ["OMP_NUM_THREADS"],  # Ray sets it by what a task asks for
+            }
+            packed = [self._runtime()]
+            if self._direct and not (self._far and not self._near):
+                lodged = self._lodge(spec, need, options, order, packed)
+                if not isinstance(lodged, str):
+                    return lodged
+                options = {**options, "scheduling_strategy": _on(lodged)}
+            return self._relay(options, order, packed)
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            raise BackendUnavailable(f"Ray can't make the environment of a worker: {error}") from error
+        except ray_connection.GONE as error:
+            raise self._lost(error) from error
+
+    def _runtime(self) -> Any:
+        """A reference to the runtime in Ray's object store; put there once."""
+        session = ray.get_runtime_context().get_job_id()
+        with self._lock:
+            if self._packed[0] != session:
+                self._packed = session, ray.put(bundle().pack())
+            return self._packed[1]
+
+    def _lodge(
+        self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], order: dict[str, Any], packed: Any
+    ) -> ray_connection.RayConnection | str:
+        """A worker that was handed in at the door, or the node that can't reach that."""
+        with self._lock:
+            if self._door is None:
+                self._door = ray_connection.Door()
+            door = self._door
+        lease = door.lease()
+        self._leases.add(lease)
+        try:
+            order = {**order, "door": door.path, "token": lease.token}
+            lease.begun(_lodge.options(**options).remote(order, packed))
+            self._wait(lease, spec, need)
+        except BaseException:
+            lease.give_up()
+            raise
+        finally:
+            door.forget(lease)
+            self._leases.discard(lease)
+            self._waiting.discard(lease)
+        handed_in = lease.take()
+        if handed_in is not None:
+            self._near.add(handed_in[0]["node"])
+            connection = ray_connection.RayConnection(lease, *handed_in)
+            self._open.add(connection)
+            return connection
+        if lease.elsewhere:
+            self._far.add(lease.elsewhere)
+            return lease.elsewhere
+        if lease.error is not None and not lease.given_up:
+            raise lease.error
+        raise BackendUnavailable("the ray backend was shut down while a worker started")
+
+    def _wait(self, lease: ray_connection.Lease, spec: FunctionSpec, need: ray_resources.Need) -> None:
+        """Until the lease is handed in, or is not to be. Raises ResourceUnavailable, or that nobody wants it."""
+        from flowfn import pool
+
+        begun = time.monotonic()
+        told = False
+        while not lease.happened.wait(LOOK_S):
+            waited = time.monotonic() - begun
+            full = not any(map(need.fits, _free()))
+            if full:
+                self._waiting.add(lease)
+            if full or waited > ROOM_S:
+                pool.retire_idle(self, spec)
+            if waited > UNWANTED_S and not pool.wanted(self, spec):
+                raise BackendUnavailable("a worker waited for room on Ray, and no call for it any more")
+            if waited > self._wait_s:
+                raise ResourceUnavailable(
+                    f"Ray had no room for a worker with {need} for {self._wait_s:g} s",
+                    hint=f"there is: {ray_resources.summary(self.nodes())}; wait longer with wait=",
+                )
+            if full and not told and waited > ROOM_S and sys.stderr is not None and sys.stderr.isatty():
+                told = True
+                text = f"waits for room on Ray: {need}\n"
+                terminal.show_output("ray", 0, "ray", text.encode(), True)
+
+    def _relay(self, options: dict[str, Any], order: dict[str, Any], packed: Any) -> ray_connection.RelayedConnection:
+        del options["max_retries"]
+        actor = _Relay.options(max_restarts=0, **options).remote(order, packed)
+        try:
+            said = ray.get(actor.start.remote(), timeout=self._wait_s)
         except ray.exceptions.GetTimeoutError:
             ray.kill(actor)
-            raise ResourceUnavailable(
-                f"Ray did not start a worker with {options} within {START_S:g} s", hint="`ray status` says what is free"
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise BackendUnavailable(f"a worker could not be started on Ray: {error}") from error
-        return RayConnection(actor, env, node)
-
-    def _resources(self, spec: FunctionSpec) -> dict[str, Any]:
-        """The actor's options that Ray schedules by."""
-        options: dict[str, Any] = {"num_cpus": spec.cpu or 1}
-        if spec.memory:
-            options["memory"] = spec.memory
-        if spec.gpu:
-            request = self._fallback(spec)
-            options["num_gpus"] = request.count
-            if request.model:
-                options["accelerator_type"] = self._accelerator(request.model)
-        return options
-
-    def _accelerator(self, model: str) -> str | None:
-        """Ray's name of the model, as the cluster's nodes say it."""
-        for name in ray.cluster_resources():
-            kind, _, accelerator = name.partition("accelerator_type:")
-            if not kind and accelerator.lower().replace("-", "").startswith(model.lower().replace("-", "")):
-                return str(accelerator)
-        return None
-
-    def _fallback(self, spec: FunctionSpec) -> Any:
-        """The first request that the cluster's nodes could meet."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        for request in spec.gpu:
-            for resources in nodes:
-                enough = resources.get("GPU", 0) >= request.count
-                model = request.model is None or any(
-                    name.startswith("accelerator_type:") and self._accelerator(request.model) == name.partition(":")[2]
-                    for name in resources
-                )
-                if enough and model:
-                    return request
-        there = ", ".join(f"{resources.get('GPU', 0):g} GPUs" for resources in nodes) or "no node"
-        asked = " or ".join(map(str, spec.gpu))
-        raise ResourceUnavailable(f"gpu: {asked} asked for; the Ray cluster's nodes have {there}")
-
-    def slots(self, spec: FunctionSpec) -> int:
-        self._connect()
-        total = ray.cluster_resources()
-        if spec.gpu:
-            return max(1, int(total.get("GPU", 0) // self._fallback(spec).count))
-        cpus = spec.cpu or 1
-        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        if not any(available >= cpus for available in nodes):
-            raise ResourceUnavailable(f"cpu={cpus:g} asked for; the Ray cluster's nodes have {nodes} CPUs")
-        return max(1, int(total.get("CPU", 1) // cpus))
-
-    def _put(self, thing: Any) -> Any:
-        """The runtime or a snapshot of the project in Ray's object store, packed; put there once."""
-        found = self._stored.get(thing.digest)
-        if found is None:
-            import io
-
-            if isinstance(thing, Bundle):
-                data = thing.pack()
-            else:
-                out = io.BytesIO()
-                project.pack(thing, out)
-                data = out.getvalue()
-            if len(self._stored) > 32:
-                self._stored.clear()
-            found = self._stored[thing.digest] = ray.put(data)
-        return found
-
-    def close(self) -> None:
-        if self._started:
-            ray.shutdown()
-            self._started = False
+            raise ResourceUnavailable(f"Ray did not start an actor with {options} for {self._wait_s:g} s") from None
+        connection = ray_connection.RelayedConnection(actor, said)
+        self._open.add(connection)
+        return connection
 
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+def _free() -> list[Mapping[str, float]]:
+    """What is free on each node, as far as Ray says; of all together where it does not say more."""
+    try:
+        from ray._private import state
+
+        per_node: dict[str, Mapping[str, float]] = state.available_resources_per_node()
+        return list(per_node.values())
+    except Exception:  # not Ray's promise, and no part of its client
+        return [ray.available_resources()]
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=True)
+
+
+ray.cloudpickle.register_pickle_by_value(ray_lease)
+_lodge = ray.remote(ray_lease.lodge)
+_Relay = ray.remote(concurrency_groups=ray_lease.CONCURRENCY)(ray_lease.Relay)
+
+_forked = False
+_backends: weakref.WeakSet[RayBackend] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or ray.is_initialized()
+    for backend in list(_backends):
+        backend.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork)

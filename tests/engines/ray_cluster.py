@@ -1,0 +1,166 @@
+"""A real Ray for tests: nodes of this machine, made by Ray's own utility, with files and ports of their own.
+
+As a program it makes the cluster, says in a line of JSON what there is, and stays until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from flowfn_runtime import limits
+
+# Tests of this machine's own Ray need neither its tokens nor to be counted.
+ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0"}
+CPUS = 16  # of a node, by declaration
+NODES: list[dict[str, Any]] = [
+    {"num_gpus": 2, "resources": {"accelerator_type:A100": 1}},
+    {"num_gpus": 1, "resources": {"accelerator_type:H100": 1}},
+    {},
+]
+START_S = 90.0
+
+
+def why_not() -> str | None:
+    """Why there can be no Ray here, or None."""
+    return None if importlib.util.find_spec("ray") else "Ray is not installed (pip install 'flowfn[ray]')"
+
+
+class RayCluster:
+    """Three nodes: the head has two a100, another one an h100, the last no GPU. `address` is where drivers connect."""
+
+    def __init__(self, nodes: list[dict[str, Any]] = NODES, *, client: bool = False) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))  # short enough for Ray's sockets
+        self.cache = self.root / "cache"
+        self.home = self.root / "home"
+        self._nodes = nodes
+        self._client = client  # whether there is a server for ray:// addresses
+
+    def start(self) -> RayCluster:
+        environ = {**os.environ, **ENVIRON, "RAY_TMPDIR": str(self.root)}
+        asked = json.dumps({"nodes": self._nodes, "client": self._client})
+        with (self.root / "stderr").open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, asked],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environ,
+                start_new_session=True,
+            )
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(f"Ray did not start:\n{(self.root / 'stderr').read_text()[-4000:]}")
+        said = json.loads(line)
+        self.address: str = said["address"]
+        self.raylets: list[int] = said["raylets"]  # process ids, in the order of the nodes
+        self.ids: list[str] = said["ids"]  # Ray's names of the nodes
+        self.gcs: int = said["gcs"]
+        self.url: str = said["url"]
+        return self
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Of a backend whose files go with the cluster's."""
+        return {"address": self.address, "cache": str(self.cache), "home": str(self.home), **more}
+
+    def processes(self) -> set[int]:
+        """All of it, what runs in it included."""
+        return {self.process.pid, *limits.descendants(self.process.pid)}
+
+    def workers(self) -> set[int]:
+        """The programs of flowfn's workers in it."""
+        return {pid for pid in self.processes() if b"flowfn_runtime" in _command(pid)}
+
+    def remove(self) -> None:
+        left = self.processes()
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            pass
+        self.process.stdout.close()
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def main() -> None:
+    """Make a cluster, and keep it."""
+    import ray._private.ray_constants as constants
+    from ray.cluster_utils import Cluster
+
+    asked = json.loads(sys.argv[1])
+    limits.set_subreaper()
+    common = {
+        "num_cpus": CPUS,
+        "memory": 8 << 30,
+        "object_store_memory": 1 << 28,
+        "include_dashboard": False,
+        "dashboard_agent_listen_port": 0,
+    }
+    head = {**common, "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False}}
+    if asked["client"]:
+        head["ray_client_server_port"] = _free_port()
+    cluster = Cluster()
+    nodes = [
+        cluster.add_node(**{**(head if not number else common), **node}) for number, node in enumerate(asked["nodes"])
+    ]
+    said = {
+        "address": cluster.address,
+        "url": f"ray://127.0.0.1:{head.get('ray_client_server_port')}",
+        "gcs": nodes[0].all_processes[constants.PROCESS_TYPE_GCS_SERVER][0].process.pid,
+        "raylets": [node.all_processes[constants.PROCESS_TYPE_RAYLET][0].process.pid for node in nodes],
+        "ids": [node.node_id for node in nodes],
+    }
+    os.write(1, json.dumps(said).encode() + b"\n")
+    os.dup2(2, 1)
+    sys.stdin.read()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for pid in limits.descendants(os.getpid()):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    os._exit(0)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until(holds: Any, what: str) -> None:
+    """Return when it holds; fail if it does not for long."""
+    deadline = time.monotonic() + START_S
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main()
