@@ -10,10 +10,10 @@ from flowfn_runtime import paths, project, taskstart
 from flowfn_runtime.tasksql import explain
 
 from . import config as configuration
-from .plan import Call, draft, keep_code
+from .plan import Call, Draft, draft, keep_code
 
 if TYPE_CHECKING:
-    from .backends.jobs import Jobs
+    from .backends.base import Backend
     from .taskconfig import TaskConfig
 
 
@@ -30,7 +30,8 @@ def submit(
     `BackendUnavailable` before anything is started.
     """
     settings = settings or configuration.load()
-    jobs = jobs_of(backend, settings)
+    chosen = backend_of(backend, settings)
+    jobs = chosen.jobs() if chosen is not None else None
     _refuse_read_only_home()
     if jobs is not None:
         from . import places
@@ -38,7 +39,7 @@ def submit(
         made = draft(task, settings, call, here=False)
         return places.start(jobs.choose(made), made)
     with project.guarded(taskstart.code_store()):  # until the register knows that the task needs what is kept there
-        made = draft(task, settings, call, here=True)
+        made = _made_here(task, settings, call, chosen)
         keep_code(made)
         return taskstart.start(made.wanted, made.payload, gpus=settings.gpus)
 
@@ -48,21 +49,32 @@ def check(task: TaskConfig, settings: configuration.Config) -> None:
 
     What only another machine can say is not asked.
     """
-    jobs = jobs_of(task.backend, settings)
-    made = draft(task, settings, None, here=jobs is None)
+    chosen = backend_of(task.backend, settings)
+    jobs = chosen.jobs() if chosen is not None else None
     if jobs is None:
-        taskstart.check(made.wanted, gpus=settings.gpus)
+        taskstart.check(_made_here(task, settings, None, chosen).wanted, gpus=settings.gpus)
     else:
-        jobs.check(made)
+        jobs.check(draft(task, settings, None, here=False))
 
 
-def jobs_of(backend: Any, settings: configuration.Config) -> Jobs | None:
-    """Who starts tasks for this backend (None: the configured one); None: this host does."""
-    if backend is None and settings.backend == "local":
+def backend_of(backend: Any, settings: configuration.Config) -> Backend | None:
+    """The backend that was chosen (None: the configured one); None: this host, as it is."""
+    choice = backend if backend is not None else settings.backend
+    if choice == "local":
         return None
     from .backends import registry
 
-    return registry.get(backend if backend is not None else settings.backend).jobs()
+    return registry.get(choice)
+
+
+def _made_here(task: TaskConfig, settings: configuration.Config, call: Call | None, backend: Backend | None) -> Draft:
+    """A task of this host, in the box of its backend."""
+    if backend is None or backend.name == "local":
+        return draft(task, settings, call, here=True)
+    made = draft(task, settings, call, here=False)
+    made.wanted["backend"] = backend.name
+    made.wanted["box"] = backend.box(made)
+    return made
 
 
 def run_here(task: TaskConfig, *, settings: configuration.Config) -> tuple[str, str, int | None]:

@@ -13,6 +13,7 @@ from flowfn_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from flowfn.backends.jobs import Jobs
+    from flowfn.plan import Draft
     from flowfn.spec import FunctionSpec
     from flowfn_runtime import wire
 
@@ -89,6 +90,10 @@ class Backend(ABC):
             f"the {self.name} backend can't run tasks",
             hint='submit them with backend="local", or use .remote(), .spawn() or .map()',
         )
+
+    def box(self, draft: Draft) -> str | dict[str, Any]:
+        """What tasks run in that this host runs for this backend (see `flowfn_runtime.taskbox`)."""
+        return "sandbox"
 
     @classmethod
     def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:

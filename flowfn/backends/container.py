@@ -36,8 +36,10 @@ from flowfn.backends.container_engine import Engine, noise
 from flowfn.backends.container_images import Images
 from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendError, BackendUnavailable, ConfigError, FlowError
+from flowfn_runtime.taskcontainer import bind, gpu_options
 
 if TYPE_CHECKING:
+    from flowfn.plan import Draft
     from flowfn.spec import FunctionSpec
     from flowfn_runtime.gpus import Claim, Inventory
 
@@ -140,10 +142,10 @@ class ContainerBackend(Backend):
         self.image = image or f"docker.io/library/python:{version}-slim"
         self.engine = Engine(engine, list(engine_options))
         self.images = Images(self.engine, list(build_options))
-        self._network = network
+        self.network = network
         self._share = [os.path.abspath(os.path.expanduser(os.fspath(path))) for path in share]
         self._user = user
-        self._python = python
+        self.python = python
         self._engine_limits = engine_limits
         self._run_options = list(run_options)
         self._connections = stream.Connections()
@@ -172,8 +174,9 @@ class ContainerBackend(Backend):
                     told.setup["request"]["cgroup"] = True
                 return told
 
-            program = loader.program(self._python, cache=paths.cache())
-            argv = [*self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
+            program = loader.program(self.python, cache=paths.cache())
+            ours = ["--rm", f"--workdir={WORKDIR}", f"--label={LABEL}={os.getpid()}", f"--label={MAKER}={self._id}"]
+            argv = [*ours, *self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
             argv += ["--entrypoint", program[0], image, *program[1:]]
             kind = functools.partial(self._start, generation, held.fds)
             explain = functools.partial(self._explain, image)
@@ -193,6 +196,14 @@ class ContainerBackend(Backend):
             self._connections.add(connection)
             self._used = True
             return connection
+
+    def jobs(self) -> None:
+        """This host runs its tasks, in containers."""
+
+    def box(self, draft: Draft) -> dict[str, Any]:
+        from flowfn.backends import container_tasks
+
+        return container_tasks.box(self, draft)
 
     def slots(self, spec: FunctionSpec) -> int:
         if spec.gpu:
@@ -228,17 +239,10 @@ class ContainerBackend(Backend):
 
     def _run_words(self, docker: bool, rootless: bool) -> list[str]:
         # No log driver: what goes over standard output is the worker's stream, and none of a log file's business.
-        words = ["--interactive", "--rm", "--log-driver=none", "--no-healthcheck", "--pull=never"]
-        words += [
-            "--label",
-            f"{LABEL}={os.getpid()}",
-            "--label",
-            f"{MAKER}={self._id}",
-            "--security-opt=label=disable",
-            f"--workdir={WORKDIR}",
-        ]
-        if self._network:
-            words.append(f"--network={self._network}")
+        words = ["--interactive", "--log-driver=none", "--no-healthcheck", "--pull=never"]
+        words.append("--security-opt=label=disable")
+        if self.network:
+            words.append(f"--network={self.network}")
         if self._user is not None:
             words.append(f"--user={self._user}")
         elif not docker and rootless:
@@ -260,6 +264,12 @@ class ContainerBackend(Backend):
         # PyTorch's loaders and the like want more than 64 MiB; like all memory it counts only when it is used.
         words.append(f"--shm-size={os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2}")
         return words
+
+    def task_words(self) -> list[str]:
+        """The options of `run` for a task."""
+        facts = self.engine.facts()
+        shared = [bind(path, path, False) for path in self._share]
+        return [*self._run_words(facts.docker, facts.rootless), *shared, *self._run_options]
 
     def _limits(self) -> frozenset[str]:
         return self.engine.facts().limits if self._engine_limits else frozenset()
@@ -372,22 +382,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def bind(source: str, target: str, read_only: bool) -> str:
-    """An option of `run`: a file or directory of the host in the container."""
-    fields = ["type=bind", f"source={source}", f"target={target}", *(["readonly"] if read_only else [])]
-    quoted = ('"' + field.replace('"', '""') + '"' if "," in field or '"' in field else field for field in fields)
-    return f"--mount={','.join(quoted)}"
-
-
-def gpu_options(uuids: Sequence[str], docker: bool) -> list[str]:
-    """Options of `run` that hand these devices to the container: Docker's own, or CDI's names."""
-    if not uuids:
-        return []
-    if docker:
-        return ["--gpus", f'"device={",".join(uuids)}"']
-    return [f"--device=nvidia.com/gpu={uuid}" for uuid in uuids]
 
 
 def _show(state: Any) -> None:

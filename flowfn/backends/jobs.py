@@ -7,6 +7,7 @@ it is a directory (see `flowfn_runtime.taskdir`) whose files are read: what it w
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,27 @@ class Jobs(ABC):
 
     def close(self) -> None:  # noqa: B027 - most keep nothing
         """Free what is kept beside the tasks."""
+
+
+_START = """
+import sys
+wanted = (%s)
+if sys.version_info[:2] != wanted:
+    sys.exit("flow: this is Python %%d.%%d (%%s), and the task was submitted by Python %%d.%%d" %%
+             (sys.version_info[:2] + (sys.executable,) + wanted) + "; say where that is with python=")
+sys.path[:] = [p for p in sys.path if p]
+sys.path.insert(0, sys.argv.pop(1))
+from flowfn_runtime.%s import main
+main()
+"""
+
+
+def starting(module: str, runtime: str, *arguments: str, python: str | None = None) -> list[str]:
+    """The command line that runs a module of the runtime that lies there, by the right Python (see `loader`)."""
+    from flowfn import loader
+
+    text = _START % (", ".join(map(str, sys.version_info[:2])), module)
+    return loader.starting(text, runtime, *arguments, python=python)
 
 
 def contents(jobs: Jobs, task_id: str, name: str) -> Iterator[bytes]:

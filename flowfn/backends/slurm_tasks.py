@@ -16,9 +16,9 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flowfn import loader, slurm_options
+from flowfn import slurm_options
 from flowfn.backends import slurm_queue
-from flowfn.backends.jobs import Jobs, More, State, pauses
+from flowfn.backends.jobs import Jobs, More, State, pauses, starting
 from flowfn.bundle import bundle
 from flowfn_runtime import paths, project, taskdb, taskdir, tasklogs, taskserver, taskstart
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 NAME = "flowfn-"  # before the task's id, in the job's name
 LOOK_S = 5.0  # how often Slurm is asked for a task that is waited for; its files are looked at more often
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
-_RUN = """
-import sys
-wanted = (%s)
-if sys.version_info[:2] != wanted:
-    sys.exit("flow: this node has Python %%d.%%d (%%s), and the task was submitted by Python %%d.%%d" %%
-             (sys.version_info[:2] + (sys.executable,) + wanted) + "; say where that is with python=")
-sys.path[:] = [p for p in sys.path if p]
-sys.path.insert(0, sys.argv.pop(1))
-from flowfn_runtime.taskjob import main
-main(sys.argv[1:])
-"""
 
 
 class SlurmJobs(Jobs):
@@ -110,12 +99,9 @@ class SlurmJobs(Jobs):
             taskdir.write_private(directory, "call", draft.payload)
 
     def _script(self, directory: str) -> str:
-        import sys
-
         assert self._backend is not None
         runtime = os.path.join(self._home, "runtime", bundle().digest)
-        text = _RUN % ", ".join(map(str, sys.version_info[:2]))
-        program = loader.starting(text, runtime, "run", directory, python=self._backend.options.python)
+        program = starting("taskjob", runtime, "run", directory, python=self._backend.options.python)
         return f"#!/bin/sh\nexec {shlex.join(program)}\n"
 
     def _dependencies(self, ids: Sequence[str]) -> list[str]:

@@ -48,6 +48,7 @@ class Supervisor:
         self._attempts = 0
         self._nodes: Nodes | None = None
         self._plain = spec["box"] == "plain"  # no sandbox that would end all that was started in it
+        self._contained = isinstance(spec["box"], dict)  # its processes are the container engine's
         self._error: FlowError | None = None  # what a call's result is to raise, if not what its function did
 
     def run(self) -> Ended:
@@ -138,26 +139,31 @@ class Supervisor:
         self._started_at = self._started_at or time.time()
         proctree.become_subreaper()
         others = set(proctree.children())  # what the staging left running, such as the server of a lazy mount
+        if nodes.guard is not None and self._attempts > 1:
+            nodes.guard.remove()
         pids = nodes.start()
-        limit = self.spec["max_run_time_s"]
+        longest = self.spec["max_run_time_s"]
         try:
             # After the start: the command runs while we write this down.
             self._record(state="running", reason="", started_at=self._started_at, attempts=self._attempts)
             taskdir.mark_started(self.directory)
         except (FlowError, OSError) as error:
             _say(str(error))  # the task runs all the same
-        ended = self._watch(pids, None if not limit else time.monotonic() + limit)
+        ended = self._watch(pids, None if not longest else time.monotonic() + longest)
         if self._plain:
             from . import limits
 
             limits.kill_orphans(others)
         proctree.reap_all(others)
+        limit = self.spec["memory_bytes"]
+        if ended.state == "failed" and limit and nodes.guard is not None and nodes.guard.out_of_memory():
+            return self._raised(_out_of_memory(limit))
         return ended
 
     def _watch(self, pids: list[int], deadline: float | None) -> Ended:
         """Until every node has ended: one that fails, the deadline, and a request to cancel end all others."""
         running, verdict, kill_at = set(pids), None, None
-        memory = _Memory(self) if self.spec["memory_bytes"] else None
+        memory = _Memory(self) if self.spec["memory_bytes"] and not self._contained else None
         while running:
             for pid, code in proctree.reap().items():
                 if pid in running:
@@ -176,11 +182,13 @@ class Supervisor:
                     kill_at = now + self.spec["grace_s"]
                     for pid in running:
                         proctree.signal_tree(pid, signal.SIGTERM, skip=proctree.is_namespace_init)
-                        if self._plain:
+                        if self._plain or self._contained:
                             proctree.send(pid, signal.SIGTERM)
                 elif now >= kill_at:
                     for pid in running:
                         proctree.send(pid, signal.SIGKILL)  # the sandbox's own processes die with it
+                    if self._nodes is not None and self._nodes.guard is not None:
+                        self._nodes.guard.kill()
             if verdict is None and memory is not None:
                 verdict = memory.check(running)
                 if verdict is not None:
@@ -278,12 +286,17 @@ class _Memory:
             return None
         for pid in pids:
             proctree.send(pid, signal.SIGKILL)
-        from .errors import OutOfMemory
+        return self._supervisor._raised(_out_of_memory(self._limit, self._peak))
 
-        mib = 2**20
-        error = OutOfMemory(f"it used {self._peak / mib:.0f} MiB of memory, more than its {self._limit / mib:.0f} MiB")
-        error.limit_bytes, error.peak_bytes = self._limit, self._peak
-        return self._supervisor._raised(error)
+
+def _out_of_memory(limit: int, peak: int | None = None) -> FlowError:
+    from .errors import OutOfMemory
+
+    mib = 2**20
+    used = "it went over its" if peak is None else f"it used {peak / mib:.0f} MiB of memory, more than its"
+    error = OutOfMemory(f"{used} {limit / mib:.0f} MiB")
+    error.limit_bytes, error.peak_bytes = limit, peak
+    return error
 
 
 def _say(text: str) -> None:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import paths
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .gpus import Gpu
     from .sandbox import Bind
 
 WORKSPACE = "/workspace"
@@ -23,9 +26,10 @@ class Room(NamedTuple):
     """What a node has."""
 
     workspace: str  # directory of this host with the project's files, the node's own
+    rank: int
     roots: list[str]  # directories with further files of the project
     binds: list[Bind]  # data and volumes at their targets
-    gpus: bool  # whether it has any
+    devices: list[Gpu]  # its GPUs
 
 
 class Command(NamedTuple):
@@ -33,10 +37,15 @@ class Command(NamedTuple):
 
     argv: list[str]
     env: dict[str, str]
+    stdin: bytes = b""
 
 
 def command(spec: dict[str, Any], room: Room, env: dict[str, str]) -> Command:
     """The command of a node of the task, in the box that `spec` names."""
+    if isinstance(spec["box"], dict):
+        from . import taskcontainer
+
+        return taskcontainer.contained(spec, room, env, taskcontainer.shared_dirs() if spec["call"] else ())
     return _plain(spec, room, env) if spec["box"] == "plain" else _sandboxed(spec, room, env)
 
 
@@ -55,7 +64,7 @@ def _sandboxed(spec: dict[str, Any], room: Room, env: dict[str, str]) -> Command
         hide.remove(paths.cache())
     targets = {bind.target for bind in binds}
     workdir: str | None = room.workspace
-    if any(cwd == target or cwd.startswith(target + "/") for target in targets):
+    if inside(cwd, targets):
         # The command starts in a mount; the code is where it is by default, unless a mount is there as well.
         if WORKSPACE not in targets:
             binds.append(Bind(room.workspace, WORKSPACE, False))
@@ -67,9 +76,14 @@ def _sandboxed(spec: dict[str, Any], room: Room, env: dict[str, str]) -> Command
         workdir_host=workdir,
         hide=hide,
         readable=[*spec["readable"], *room.roots],
-        devices=None if room.gpus else (),
+        devices=None if room.devices or spec["gpus"] is None else (),  # None: an engine gives them
     )
-    return Command(argv, sandbox.environment(env | _call_path(spec, cwd, room.roots)))
+    return Command(argv, sandbox.environment(env | call_path(spec, cwd, room.roots)))
+
+
+def inside(path: str, targets: Iterable[str]) -> bool:
+    """Whether it is one of these, or below one."""
+    return any(path == target or path.startswith(target + "/") for target in targets)
 
 
 def _plain(spec: dict[str, Any], room: Room, env: dict[str, str]) -> Command:
@@ -81,10 +95,10 @@ def _plain(spec: dict[str, Any], room: Room, env: dict[str, str]) -> Command:
             cwd = room.workspace
         os.makedirs(cwd, exist_ok=True)
     argv = ["/bin/sh", "-c", _IN_DIRECTORY, cwd, *_program(spec)]
-    return Command(argv, env | _call_path(spec, room.workspace, room.roots))
+    return Command(argv, env | call_path(spec, room.workspace, room.roots))
 
 
-def _call_path(spec: dict[str, Any], project: str, roots: list[str]) -> dict[str, str]:
+def call_path(spec: dict[str, Any], project: str, roots: list[str]) -> dict[str, str]:
     """Where a call finds modules, for its environment. `project`: where the project's files are."""
     if not spec["call"]:
         return {}

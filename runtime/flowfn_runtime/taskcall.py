@@ -127,9 +127,15 @@ def _settle(value: Any) -> Any:
     return value
 
 
+def _descriptor(text: str, mode: int) -> int:
+    """A descriptor that was inherited, or that of a file."""
+    return int(text) if text.isdigit() else os.open(text, mode)
+
+
 def main() -> None:
     """Entry point: take the descriptors from the environment, where the function must not find them."""
-    call_fd, result_fd = int(os.environ.pop(CALL_FD)), int(os.environ.pop(RESULT_FD))
+    call_fd = _descriptor(os.environ.pop(CALL_FD), os.O_RDONLY)
+    result_fd = _descriptor(os.environ.pop(RESULT_FD), os.O_WRONLY)
     for fd in (call_fd, result_fd):
         os.set_inheritable(fd, False)
     known = json.loads(os.environ.pop("FLOW_CALL_PATH"))

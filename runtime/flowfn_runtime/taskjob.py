@@ -1,7 +1,7 @@
 """Runs a task as a job of an engine: the supervisor, in a directory that the engine's machines and the client share.
 
-Started by the engine's own script as `main(["run", directory])`. There is no register here and nobody to tell: what the
-client wants to know lies in the directory. Beside the files of every task (`taskdir`):
+Started by the engine's own script with the arguments `run` and the directory. There is no register here and nobody to
+tell: what the client wants to know lies in the directory. Beside the files of every task (`taskdir`):
 
 ```
 plan.json     what is wanted (`taskstart`), with the values of env; gone when the task has ended
@@ -11,7 +11,7 @@ job.log       what the engine's script prints
 ```
 
 An engine may end the job at any time and may run it again. So being ended is no outcome: what it was is the engine's to
-say. A job of several nodes starts `main(["rank", directory])` on each of them, through srun.
+say. A job of several nodes starts the same with `rank` on each of them, through srun.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ ANSWER_S = 10.0  # how long the engine may take to say how the job is
 _ADDRESSES, _PORT = "FLOW_JOB_ADDRESSES", "FLOW_JOB_PORT"  # for the ranks: where all nodes are, and where they meet
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Entry point: `run` or `rank`, and the task's directory."""
-    what, directory = arguments
+    what, directory = sys.argv[1:]
     os.umask(0o022)
     plan = taskdir.read_json(directory, "plan.json")
     if plan is None:  # it had ended, and the engine runs it again all the same
@@ -147,7 +147,7 @@ class Steps(Nodes):
         addresses = _addresses(os.environ.get("SLURM_JOB_NODELIST", ""))
         boot = (
             "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.insert(0, sys.argv.pop(1)); "
-            "from flowfn_runtime.taskjob import main; main(sys.argv[1:])"
+            "from flowfn_runtime.taskjob import main; main()"
         )
         words = ["srun", f"--nodes={self._count}", f"--ntasks={self._count}", "--ntasks-per-node=1", "--mpi=none"]
         words += [

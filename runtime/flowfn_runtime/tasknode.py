@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .gpus import Claim, Gpu
     from .sandbox import Bind
     from .taskbox import Command
+    from .taskcontainer import Guard
 
 CALL_FD, RESULT_FD = "FLOW_CALL_FD", "FLOW_RESULT_FD"  # how a call made durable finds its pickle and its outcome
 # Rendezvous ports are taken below the range from which the kernel gives out ports of its own.
@@ -37,6 +38,8 @@ class Nodes:
         self._count: int = spec["nodes"]
         self._gpus: Claim | None = None
         self._staged: Staged | None = None
+        self._contained = isinstance(spec["box"], dict)
+        self.guard: Guard | None = None  # of containers
         self._fds: list[int] = []
         self._null = self._keep(os.open(os.devnull, os.O_RDONLY))
         self._logs = [] if terminal else [self._open_logs(rank) for rank in range(self._count)]
@@ -57,7 +60,11 @@ class Nodes:
 
         fcntl.flock(self._tree, fcntl.LOCK_EX)
         os.set_inheritable(self._tree, True)
-        if self._spec["cpus"]:
+        if self._contained:
+            from .taskcontainer import Guard
+
+            self.guard = Guard(self._spec, self._directory)
+        elif self._spec["cpus"]:
             from . import limits
 
             # This process's cores and variables, which everything that it starts has as well.
@@ -77,7 +84,14 @@ class Nodes:
                 stdin, stdout, stderr = 0, 1, 2
             else:
                 stdin, (stdout, stderr) = self._null, self._logs[rank]
+            if command.stdin:
+                stdin = os.memfd_create("flowfn-stdin")
+                with open(stdin, "wb", closefd=False) as file:
+                    file.write(command.stdin)
+                os.lseek(stdin, 0, os.SEEK_SET)
             pids.append(proctree.start(command.argv, command.env, stdin=stdin, stdout=stdout, stderr=stderr))
+            if command.stdin:
+                os.close(stdin)
         return pids
 
     def note(self, text: str) -> None:
@@ -95,6 +109,8 @@ class Nodes:
 
     def close(self) -> None:
         """Give everything back. The nodes have ended."""
+        if self.guard is not None:
+            self.guard.close()
         if self._gpus is not None:
             self._gpus.close()
         if self._staged is not None:
@@ -121,6 +137,8 @@ class Nodes:
         result = f"{self._directory}/result.part"
         call = self._keep(os.open(f"{self._directory}/call", os.O_RDONLY))
         out = self._keep(os.open(result, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        if self._contained:
+            return  # it finds them by their paths
         for fd, name in ((call, CALL_FD), (out, RESULT_FD)):
             os.set_inheritable(fd, True)
             for command in self._commands:
@@ -224,17 +242,21 @@ class Nodes:
             os.makedirs(roots[-1])
             project.lay_out(digest, store, roots[-1])
         devices = self._devices(rank)
-        room = taskbox.Room(workspace, roots, binds, bool(devices) or spec["gpus"] is None)
+        room = taskbox.Room(workspace, rank, roots, binds, devices)
         return taskbox.command(spec, room, self._environment(rank, port, devices))
 
     def _environment(self, rank: int, port: int, devices: list[Gpu]) -> dict[str, str]:
         spec = self._spec
-        env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        # `python` is the one that submitted, with the packages it has.
-        bin_dir = os.path.dirname(spec["python"])
-        path = env.get("PATH") or os.defpath
-        if bin_dir not in path.split(os.pathsep):
-            env["PATH"] = bin_dir + os.pathsep + path
+        env: dict[str, str] = {}
+        if not self._contained:
+            env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+            # `python` is the one that submitted, with the packages it has.
+            bin_dir = os.path.dirname(spec["python"])
+            path = env.get("PATH") or os.defpath
+            if bin_dir not in path.split(os.pathsep):
+                env["PATH"] = bin_dir + os.pathsep + path
+        elif os.getuid():
+            env["HOME"] = "/tmp"
         addresses = self._addresses()
         address = addresses[0]
         env |= {
@@ -258,6 +280,8 @@ class Nodes:
             from .data.references import UPLOAD_LOCAL
 
             env |= {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache(), UPLOAD_LOCAL: "1"}
+            if self._contained:
+                env |= {CALL_FD: f"{self._directory}/call", RESULT_FD: f"{self._directory}/result.part"}
         if spec["volume_urls"]:
             import json
 

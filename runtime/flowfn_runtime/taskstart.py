@@ -3,14 +3,15 @@
 `wanted` comes from the client, which may be on another machine. It is a dictionary that JSON can hold:
 
 - `id`, `task_id` (what the client calls it), `project`, `name`, `command`, `call` (whether it is one), `listed` (the
-  command, for listings), `gpu` (the same)
+  command, for listings), `gpu` and `backend` (the same)
 - `env`; `mounts` of anything but volumes; `volumes`, named ones, as fields of `VolumeSpec` with `target` and `inside`;
   `ephemeral`, targets of unnamed ones; `region`, `image`
 - `gpus` of a node, most wanted first; `nodes`, `ports`, `cpus`, `memory_bytes`, `max_run_time_s`, `grace_s`
 - `retry_delays_s`, `depends_on`
 - `code`, the digest of the project; `roots`, those of further directories that modules are imported from; `sys_path`, a
   path as it is here, or [0, place in the project], [n, place in the n-th root]; `working_dir`
-- `readable`, what the sandbox has to show of this host; `box`: "sandbox", "sandbox if possible", "sandbox if needed"
+- `readable`, what the sandbox has to show of this host; `box`: "sandbox", "sandbox if possible", "sandbox if needed",
+  or how to make containers (`taskcontainer`)
 
 The client may know `python` and `runtime`, if they are its own. Whatever is wrong is found before anything is started;
 volumes are created last.
@@ -246,7 +247,7 @@ def register(spec: dict[str, Any], payload: bytes | None) -> tuple[str, int]:
     return directory, lock
 
 
-def row(spec: Mapping[str, Any], *, backend: str = taskdb.LOCAL, place: str = "") -> taskdb.TaskRow:
+def row(spec: Mapping[str, Any], *, backend: str = "", place: str = "") -> taskdb.TaskRow:
     """The task as it is listed at first."""
     waits = ", ".join(spec["depends_on"])
     return taskdb.TaskRow(
@@ -266,7 +267,7 @@ def row(spec: Mapping[str, Any], *, backend: str = taskdb.LOCAL, place: str = ""
         exit_code=None,
         attempts=0,
         boot_id=taskdir.boot_id(),
-        backend=backend,
+        backend=backend or spec.get("backend", taskdb.LOCAL),
         place=place,
     )
 
