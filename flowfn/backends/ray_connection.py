@@ -211,6 +211,7 @@ class RayStream:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._frames: deque[Any] = deque()
+        self._kept: list[Any] = []  # frames that go with the next one
         self._taking: Any = None
         self._lock = threading.Lock()
         self._closed = False
@@ -229,13 +230,17 @@ class RayStream:
         meta: bytes = b"",
         body: Any = b"",
         buffers: Sequence[Any] = (),
+        later: bool = False,
     ) -> None:
         if self._closed:
             raise EOFError("the connection was closed")
-        out_of_band = [pickle.PickleBuffer(buffer) for buffer in buffers]
         with self._lock:
+            self._kept.append(((kind, flags, call, arg, meta), bytes(body), len(buffers)))
+            if later and not buffers:
+                return
+            kept, self._kept = self._kept, []
             try:
-                self._actor.feed.remote((kind, flags, call, arg, meta), bytes(body), *out_of_band)
+                self._actor.feed.remote(kept, *[pickle.PickleBuffer(buffer) for buffer in buffers])
             except GONE as error:
                 raise EOFError(summary(error)) from None
 

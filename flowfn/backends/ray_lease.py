@@ -168,22 +168,24 @@ class Relay:
         return self._program.said
 
     @ray.method(concurrency_group="inward")
-    def feed(self, head: tuple[int, int, int, int, bytes], body: Any, *buffers: Any) -> None:
-        """A frame for the worker."""
+    def feed(self, frames: list[tuple[tuple[int, int, int, int, bytes], bytes, int]], *buffers: Any) -> None:
+        """Frames for the worker: the head of each, its body, and how many of the buffers are its own."""
         from flowfn_runtime import shm, wire
 
-        kind, flags, call, arg, meta = head
-        greets = kind == wire.HELLO and not self._greeted
-        if greets:
-            meta = json.dumps({**json.loads(meta), "shm": True}).encode()
         views = [memoryview(buffer) for buffer in buffers]
-        try:
-            self._stream.send(kind, call=call, arg=arg, flags=flags, meta=meta, body=body, buffers=views)
-        except EOFError:
-            return  # `take` says so
-        if greets:
-            self._greeted = True
-            self._stream.arena, self._stream.mapped = shm.Arena(self._program.side), shm.Mapped(self._program.side)
+        for (kind, flags, call, arg, meta), body, count in frames:
+            own, views = views[:count], views[count:]
+            greets = kind == wire.HELLO and not self._greeted
+            if greets:
+                meta = json.dumps({**json.loads(meta), "shm": True}).encode()
+            try:
+                self._stream.send(kind, call=call, arg=arg, flags=flags, meta=meta, body=body, buffers=own)
+            except EOFError:
+                return  # `take` says so
+            if greets:
+                self._greeted = True
+                side = self._program.side
+                self._stream.arena, self._stream.mapped = shm.Arena(side), shm.Mapped(side)
 
     @ray.method(concurrency_group="outward")
     def take(self) -> list[tuple[tuple[int, int, int, int, bytes], Any, list[Any]]]:
