@@ -50,9 +50,12 @@ class Slurm:
     python: str | None = None  # interpreter on the nodes; None: this one if it is there, else one of its version
     cache: str | None = None  # directory on the nodes in place of ~/.cache/flowfn
     home: str | None = None  # directory on the nodes in place of ~/.flowfn
+    login: str | None = None  # a login node, "user@host:port", that is reached by ssh; None: this machine is one
+    ssh_config: str | None = None  # a file in place of ~/.ssh/config
+    allocation: bool | None = None  # run within the job that this process runs in; None: if there is one that has room
 
     def __post_init__(self) -> None:
-        for option in (*_PLAIN, "python", "cache", "home"):
+        for option in (*_PLAIN, "python", "cache", "home", "login", "ssh_config"):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, str) or not value.strip() or value.startswith("-")):
                 raise ValidationError(f"{option}={value!r} is not accepted; accepted: a name")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowfn import loader, shipping, slurm_options, terminal, threads
-from flowfn.backends import slurm_queue, stream
+from flowfn.backends import openssh, slurm_queue, stream
 from flowfn.backends.base import Backend, Connection, Exit
 from flowfn.clock import clock
 from flowfn.slurm_options import Slurm
@@ -82,6 +82,8 @@ class SlurmConnection(stream.StreamConnection):
         self._signal(signal.SIGTERM)
         if not self._killed:
             self._killed = True
+            if self.backend.queue.login is not None:  # it was ssh that was told, and srun does not hear of it
+                threads.start(lambda: self.backend.queue.cancel(self.name))
             clock.later(TERM_S, self._insist)
 
     def _insist(self) -> None:
@@ -125,6 +127,8 @@ class SlurmConnection(stream.StreamConnection):
 
     def judge(self, status: int) -> Exit:
         said = self.said()
+        if status == 255 and self.backend.queue.login is not None:
+            return Exit(detail=f"the connection to {self.backend.queue.login} was lost\n{said}")
         if status < 0:
             return Exit(detail=f"its srun was killed by {signal.Signals(-status).name}" + (f"\n{said}" if said else ""))
         return Exit(128 - status if status > 128 else None, detail=said)
@@ -156,7 +160,9 @@ class _Start:
     def __call__(self, launch: Callable[[], shipping.Launch]) -> SlurmConnection:
         kind = functools.partial(SlurmConnection, backend=self.backend, start=self)
         environ = self.backend.environment()
-        made = stream.start(self.argv, launch, label="slurm", environ=environ, explain=self.explain, kind=kind)
+        login = self.backend.queue.login
+        argv, left = (login.lasting(self.argv), login.left) if login else (self.argv, None)
+        made = stream.start(argv, launch, label="slurm", environ=environ, explain=self.explain, kind=kind, on_end=left)
         assert isinstance(made, SlurmConnection)
         return made
 
@@ -169,6 +175,10 @@ class _Start:
             # A call may have come meanwhile.
             self.again = isinstance(connection.failure, _Unwanted) and pool.wanted(self.backend, self.spec)
             return connection.failure
+        login = self.backend.queue.login
+        if login is not None and (failure := login.explain(status, said)):
+            self.again = "no more sessions" in str(failure) or openssh.lost_connection(said)
+            return failure
         words = slurm_queue.end_of(said)
         if words is None:
             return slurm_queue.meaning(said, self.asked, self.backend.there())
@@ -185,14 +195,13 @@ class SlurmBackend(Backend):
 
     def __init__(self, options: Slurm | None = None, *, url: str | None = None, **more: Any) -> None:
         if url is not None:
-            raise ConfigError(
-                f"backend={url!r}: a Slurm cluster is reached from its login nodes only",
-                hint='run this there, with backend="slurm"',
-            )
+            if options is not None or not url.removeprefix("slurm://").strip("/"):
+                raise ConfigError(f"backend={url!r} names no login node", hint='write "slurm://user@host"')
+            more["login"] = url.removeprefix("slurm://").rstrip("/")
         if options is not None and more:
             raise ConfigError("pass the options of Slurm jobs in flow.Slurm or one by one, not both")
         self.options = options or Slurm(**more)
-        self.queue = slurm_queue.Queue()
+        self.queue = slurm_queue.Queue(self.options.login, self.options.ssh_config)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._live: set[SlurmConnection] = set()
@@ -248,6 +257,11 @@ class SlurmBackend(Backend):
         self.queue.close()
 
     def jobs(self) -> Jobs:
+        if self.queue.login is not None:
+            raise ConfigError(
+                f"tasks can't be submitted from outside the cluster yet: {self.queue.login} is a login node elsewhere",
+                hint='submit them there, with backend="slurm"; calls and maps work from here',
+            )
         from flowfn.backends.slurm_tasks import SlurmJobs
 
         home = os.path.abspath(os.path.expanduser(self.options.home)) if self.options.home else paths.home()
@@ -276,6 +290,8 @@ class SlurmBackend(Backend):
     def environment(self) -> dict[str, str]:
         """For srun, which hands it on to the worker. The shell that looks for Python there finds this one first."""
         environ = slurm_queue.environment()
+        if self.queue.login is not None:
+            return environ  # ssh's, which keeps it to itself
         if self.options.python is None and sys.executable:
             environ["PATH"] = f"{os.path.dirname(sys.executable)}:{environ.get('PATH', os.defpath)}"
         return environ

@@ -14,9 +14,13 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flowfn.slurm_options import SINFO, Node, nodes_of
 from flowfn_runtime.errors import BackendUnavailable, FlowError, ResourceUnavailable
+
+if TYPE_CHECKING:
+    from flowfn.backends.slurm_login import Login
 
 COMMAND_S = 60.0  # a controller that takes longer than this to answer is not there
 SQUEUE_S = 10.0  # the same where the answer is not worth more of a wait
@@ -72,11 +76,14 @@ def environment() -> dict[str, str]:
     return environ
 
 
-def run(*argv: str, timeout: float = COMMAND_S) -> str:
-    """What one of Slurm's commands prints. Raises BackendUnavailable, or ResourceUnavailable for what it refuses."""
+def run(*argv: str, timeout: float = COMMAND_S, login: Login | None = None) -> str:
+    """What one of Slurm's commands prints, here or on a login node.
+
+    Raises BackendUnavailable, or ResourceUnavailable for what it refuses.
+    """
     try:
         done = subprocess.run(
-            argv,
+            login.command(argv) if login else argv,
             env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -93,6 +100,8 @@ def run(*argv: str, timeout: float = COMMAND_S) -> str:
             hint="is slurmctld running? scontrol ping",
         ) from None
     if done.returncode:
+        if login and (failure := login.explain(done.returncode, done.stderr)):
+            raise failure
         raise meaning(done.stderr) or BackendUnavailable(f"{argv[0]} failed:\n{done.stderr.strip()}")
     return done.stdout
 
@@ -231,8 +240,13 @@ def end_of(text: str) -> str | None:
 class Queue:
     """What is known of a cluster and of this client's jobs. From any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, login: str | None = None, ssh_config: str | None = None) -> None:
         self.prefix = f"flowfn-{os.urandom(4).hex()}"  # of this client's job names
+        self.login: Login | None = None
+        if login is not None:
+            from flowfn.backends.slurm_login import Login
+
+            self.login = Login(login, ssh_config, self.prefix)
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._looked = 0.0
@@ -242,11 +256,15 @@ class Queue:
         self._count = 0
         _all.add(self)
 
+    def run(self, *argv: str, timeout: float = COMMAND_S) -> str:
+        """What one of Slurm's commands prints, there where the cluster is."""
+        return run(*argv, timeout=timeout, login=self.login)
+
     def nodes(self) -> list[Node]:
         """What the cluster has. Raises BackendUnavailable."""
         with self._lock:
             if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_S:
-                self._nodes = time.monotonic(), nodes_of(run("sinfo", "-h", "-N", "-a", "-o", SINFO))
+                self._nodes = time.monotonic(), nodes_of(self.run("sinfo", "-h", "-N", "-a", "-o", SINFO))
             return self._nodes[1]
 
     def job(self, name: str) -> Job | None:
@@ -260,7 +278,8 @@ class Queue:
             if self._looked < asked:
                 started = time.monotonic()
                 try:
-                    listing = run("squeue", "-h", "-t", "all", "-u", str(os.getuid()), "-o", SQUEUE, timeout=SQUEUE_S)
+                    user = self.login.uid if self.login else str(os.getuid())
+                    listing = self.run("squeue", "-h", "-t", "all", "-u", user, "-o", SQUEUE, timeout=SQUEUE_S)
                 except FlowError:
                     return {}
                 found = jobs_of(listing)
@@ -272,7 +291,7 @@ class Queue:
         """A name for the next job. From the first on, the jobs end with this process, however it does."""
         with self._lock:
             self._count += 1
-            if self._guard is None or self._guard.poll() is not None:
+            if self.login is None and (self._guard is None or self._guard.poll() is not None):
                 self._guard = self._start_guard()
             return f"{self.prefix}-{self._count}"
 
@@ -294,7 +313,7 @@ class Queue:
         jobs = self.jobs()
         if numbers := [jobs[name].number for name in names if name in jobs and not jobs[name].over]:
             try:
-                run("scancel", "-Q", *numbers)
+                self.run("scancel", "-Q", *numbers)
             except FlowError:
                 pass  # they have ended meanwhile
 
@@ -302,6 +321,8 @@ class Queue:
         """All jobs are over: nobody need see to it."""
         with self._lock:
             guard, self._guard, self._nodes = self._guard, None, None
+        if self.login is not None:
+            self.login.close()
         if guard is not None:
             assert guard.stdin
             guard.send_signal(signal.SIGKILL)
@@ -315,6 +336,8 @@ _all: weakref.WeakSet[Queue] = weakref.WeakSet()
 def _after_fork() -> None:
     """A forked child must not keep the guard from seeing that the parent has ended."""
     for queue in list(_all):
+        if queue.login is not None:
+            queue.login.forget()
         if queue._guard is not None and queue._guard.stdin is not None:
             queue._guard.stdin.close()
             queue._guard.returncode = 0  # it is the parent's child
