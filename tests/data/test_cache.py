@@ -80,6 +80,15 @@ def test_odd_keys_become_the_files_of_that_name(exact_s3: Any) -> None:
     assert not list(verify(Cache()))
 
 
+def test_names_that_listings_encode_in_more_than_one_way(s3: S3) -> None:
+    # This server writes a space as "+" in its listings, as Amazon's does; moto's as "%20".
+    names = ["a b", "a+b", "a%20b", "a%2Bb", "ü + %", "1=2&3;4", "<tag> \"quoted\" 'x'"]
+    for name in names:
+        s3.put(f"set/{name}", name.encode())
+    with stage(s3, "set") as snapshot:
+        assert content(snapshot) == {name: name.encode() for name in names}
+
+
 @pytest.mark.parametrize(
     "key", ["set/../escape", "set/a/../../b", "set//double", "set/./dot", "set/slash/", "set/" + "n" * 256, "set/.."]
 )

@@ -381,6 +381,70 @@ def test_the_same_bytes_are_stored_once_and_keep_their_name(tmp_path: Path, flow
         assert streamed(rebuilt) == b"1,2"
 
 
+def tree_of(root: Any) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["home", "bucket"])
+def test_a_directory_is_stored_once_and_whole(
+    where: str, tmp_path: Path, bucket: Path, flow_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "bucket":
+        monkeypatch.setenv("FLOW_STORE", f"s3://{bucket.name}/store")
+    stored = (bucket if where == "bucket" else flow_home) / "store" / "trees"
+    for name, content in {"a": b"1", "deep/er/b c": os.urandom(100_000), "empty": b""}.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    (tmp_path / "data" / "link").symlink_to("a")
+    expected = tree_of(tmp_path / "data")
+    one = store.upload(tmp_path / "data")
+    assert isinstance(one, Dir)
+
+    def state() -> set[tuple[str, int]]:
+        return {(str(path), path.stat().st_mtime_ns) for path in stored.rglob("*") if path.is_file()}
+
+    kept = state()
+    assert len(kept) == 5  # the files, and the manifest
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    assert store.upload(tmp_path / "copy") == one and state() == kept
+    rebuilt, (noted,) = send(one)
+    shutil.rmtree(tmp_path / "data")
+    noted.prepare()
+    assert tree_of(rebuilt) == expected
+    (tmp_path / "copy" / "a").write_bytes(b"2")
+    assert store.upload(tmp_path / "copy") != one
+    # Damaged in the store, and seen where it is loaded.
+    for path in stored.rglob("a"):
+        path.chmod(0o600)
+        path.write_bytes(b"3")
+    with pytest.raises(DataChanged):
+        _ = send(one)[0].path
+
+
+def test_an_upload_of_a_directory_that_broke_off_is_done_again(
+    tmp_path: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOW_STORE", f"s3://{bucket.name}/store")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").write_bytes(b"1")
+    (tmp_path / "data" / "b").write_bytes(b"2")
+    one = store.upload(tmp_path / "data")
+    (manifest,) = (bucket / "store" / "trees").rglob("manifest")
+    manifest.unlink()
+    (manifest.parent / "data" / "b").unlink()
+    assert tree_of(store.upload(tmp_path / "data")) == {"a": b"1", "b": b"2"} == tree_of(one)
+    assert manifest.exists()
+
+
+def test_a_directory_without_files_is_not_stored(tmp_path: Path) -> None:
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    with pytest.raises(DataError, match="no files"):
+        store.upload(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "pipe")
+    with pytest.raises(DataError, match="no file"):
+        store.upload(tmp_path / "data")
+
+
 def test_a_store_in_a_bucket_checks_what_it_loads(
     bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

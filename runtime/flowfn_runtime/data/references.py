@@ -291,6 +291,28 @@ class Dir(_Readable):
     of this machine: that itself). As an argument of a call it is staged before the function starts.
     """
 
+    _digest: str | None  # of all that is in it, where that is known
+
+    def _blank(self) -> None:
+        super()._blank()
+        self._digest = None
+
+    @classmethod
+    def _of(cls, url: str, digest: str) -> Dir:
+        made = cls(url)
+        made._digest = digest
+        return made
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "_digest": self._digest}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if os.environ.get(UPLOAD_LOCAL) and not self._arrived and scheme_of(self._url) == "file" and not self._digest:
+            from . import store
+
+            return store.upload(self.path).__reduce_ex__(protocol)
+        return super().__reduce_ex__(protocol)
+
     def _look(self) -> Info:
         from . import staging
 
@@ -304,7 +326,13 @@ class Dir(_Readable):
     def _stage(self) -> Staged:
         from . import staging
 
-        return staging.directory(self._url, self._options, check=self._check)
+        staged = staging.directory(self._url, self._options, check=self._check)
+        if self._digest is not None:
+            from . import store_trees
+
+            with access.explained(self._url):
+                store_trees.verify(staged.path, self._digest, self._url)
+        return staged
 
     def __truediv__(self, relative: str) -> File:
         """The file of that path below this directory."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, overload
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 from flowfn_runtime.data.model import Object, parse_time
 
@@ -69,7 +69,7 @@ class Page:
 
     @cached_property
     def _decode(self) -> Callable[[str], str]:
-        return unquote if tag(self._around, "EncodingType") == "url" else str
+        return unquote_plus if tag(self._around, "EncodingType") == "url" else str
 
     def only(self, wanted: Callable[[str], bool]) -> Page:
         """The part of the page whose keys are wanted."""

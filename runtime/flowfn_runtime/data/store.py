@@ -14,7 +14,7 @@ from .. import paths
 from ..errors import DataChanged, DataError
 from . import access, streams
 from .publish import publish
-from .references import File
+from .references import Dir, File
 from .spec import redact, scheme_of
 from .staging import sha256_of
 
@@ -37,15 +37,22 @@ def url_of(digest: str) -> str:
     return f"{root()}/sha256/{digest[:2]}/{digest}"
 
 
-def upload(path: str | os.PathLike[str], *, name: str | None = None) -> File:
-    """Put a local file into the store, and return a reference to it, valid wherever the store can be reached.
+def upload(path: str | os.PathLike[str], *, name: str | None = None) -> Any:
+    """Put a local file or directory into the store, and return a reference to it, a `File` or a `Dir`, that is valid
+    wherever the store can be reached.
 
-    Uploading the same bytes again moves none. `name` is what the staged file is called, the file's own by default.
+    Uploading the same bytes again moves none. `name` is what the staged file is called, the file's own by default. Of a
+    directory, all files below it are kept with their paths; permissions and empty directories are not.
     """
     text = os.fspath(path)
     with access.explained(text):
         if os.path.isdir(text):
-            raise DataError(f"{text} is a directory", url=text, hint="upload its files one by one, or pack them")
+            from . import store_trees
+
+            if name is not None:
+                raise DataError(f"{text} is a directory, which is given no name", url=text)
+            digest, url = store_trees.put(text, root())
+            return Dir._of(url, digest)
         digest = sha256_of(text)
         url = url_of(digest)
         size = os.path.getsize(text)
