@@ -178,6 +178,21 @@ def test_compressed_files_are_one_part(tmp_path: Path) -> None:
     assert sum(1 for _ in part) == 20_000
 
 
+@pytest.mark.parametrize("frames", [1, 3])
+def test_zstd_files_are_one_part_of_any_number_of_frames(bucket: Path, frames: int) -> None:
+    import zstandard
+
+    lines = [b"%d\n" % number for number in range(30_000)]
+    step = len(lines) // frames
+    packed = [zstandard.compress(b"".join(lines[at : at + step])) for at in range(0, len(lines), step)]
+    (bucket / "a.jsonl.zst").write_bytes(b"".join(packed))
+    (part,) = partitions(f"s3://{bucket.name}/*.zst", size=100)
+    assert part.read() == b"".join(lines)
+    assert [line + b"\n" if not line.endswith(b"\n") else line for line in part] == lines
+    with part.open("rt") as text:
+        assert text.readline() == "0\n"
+
+
 def test_row_groups(bucket: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
