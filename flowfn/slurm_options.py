@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,11 @@ class Slurm:
         from flowfn.backends.slurm import SlurmBackend
 
         return SlurmBackend(self)
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether nothing is said of where jobs run, so that one that is there will do."""
+        return self.login is None and not any(getattr(self, name) for name in (*_PLAIN, "time"))
 
     @property
     def wait_s(self) -> float | None:
@@ -161,6 +166,33 @@ def gpus_of(gres: str) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+ALLOCATION = "this job"  # what the part of a cluster that a job has is called, in the place of a partition
+
+
+def within(environ: Mapping[str, str]) -> str | None:
+    """The number of the job whose allocation a process may use: one of salloc's, or of a batch script.
+
+    Not that of a task which srun started: it has the job's cores itself, and what it waits for would wait for it.
+    """
+    step = environ.get("SLURM_STEP_ID", "")
+    task = step.isdigit() and int(step) < 0xFFFFFFF0  # beyond are Slurm's own: batch, interactive and so on
+    return None if task else environ.get("SLURM_JOB_ID")
+
+
+_HELD = re.compile(r"^\s+Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
+
+
+def allocated(listing: str, expand: Callable[[str], Iterable[str]]) -> list[Node]:
+    """What a job has of its nodes, in what `scontrol show job -d` printed. `expand` makes names of `n[1-3]`."""
+    nodes = []
+    for names, cores, memory, gres in _HELD.findall(listing):
+        spans = [span.split("-") for span in cores.split(",")]
+        cpus = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
+        for name in expand(names):
+            nodes.append(Node(ALLOCATION, True, name, "alloc", cpus, int(memory), gpus_of(gres)))
+    return nodes
+
+
 def _number(text: str) -> int:
     match = re.match(r"\d+", text)
     return int(match[0]) if match else 0
@@ -198,6 +230,10 @@ class Need:
         if self.gpu_count:
             said.append("--gres=gpu:" + (f"{self.gpu}:" if self.gpu else "") + str(self.gpu_count))
         return said
+
+    def step_arguments(self, job: str) -> list[str]:
+        """As srun takes it for a step of a job: that much of it, and no more."""
+        return [f"--jobid={job}", "--exact", *self.arguments(), *([] if self.gpu_count else ["--gres=none"])]
 
 
 def needs(spec: FunctionSpec, nodes: Iterable[Node]) -> list[Need]:

@@ -35,6 +35,7 @@ CLOSE_S = 1.0  # how long idle workers may take to end by themselves when the ba
 LET_GO_S = 0.5  # how long those who used workers may take to notice that these have ended
 LOOK_S = (1.0, 10.0)  # how often the queue is looked at while jobs wait: at first, and at last
 ROOM_S = 1.0  # how long a worker that made room for a job may take to be gone, before the next one does
+STEP_S = 0.5  # after so long a step of a job that is there must be waiting for others to end
 UNWANTED_S = 10.0  # after so long a job that no call waits for any more leaves the queue
 SAYS = b"flowfn-job "  # begins the line by which a job says that it runs: its number, its node
 _SAY = 'echo "flowfn-job $SLURM_JOB_ID $SLURMD_NODENAME" >&2; exec "$@"'
@@ -61,6 +62,17 @@ class SlurmConnection(stream.StreamConnection):
         super().__init__(argv, label=label, environ=environ)
         backend.track(self)
         self.on_end(functools.partial(backend.untrack, self))
+        if any(option.startswith("--jobid=") for option in start.options):
+            clock.later(STEP_S, self._may_wait)
+
+    def _may_wait(self) -> None:
+        """In an allocation srun does not say that it waits for what other steps have."""
+        if not self.node and not self._ended.is_set():
+            self.waits = True
+            if self.node:
+                self.backend.runs(self)  # just now
+            else:
+                self.backend.somebody_waits()
 
     def heard(self, line: bytes) -> bool:
         if line.startswith(SAYS):
@@ -214,13 +226,13 @@ class SlurmBackend(Backend):
     def connect(self, spec: FunctionSpec) -> Connection:
         image = _image(spec)
         generation = self._closed
-        need, _ = self.choose(spec)
+        _, arguments = self._plan(spec)
         environ = {"FLOW_HOME": self.options.home} if self.options.home else {}
         enforce = ("cpu", "memory")
         launch = functools.partial(shipping.launch, spec, enforce=enforce, environ=environ, image=image)
         program = ["/bin/sh", "-c", _SAY, "sh", *loader.program(self.options.python, cache=self.options.cache)]
         for attempt in range(1, ATTEMPTS + 1):
-            start = _Start(self, spec, need.arguments() + self.options.arguments(), program)
+            start = _Start(self, spec, arguments, program)
             try:
                 connection = start(launch)
             except BackendUnavailable:
@@ -233,7 +245,7 @@ class SlurmBackend(Backend):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def slots(self, spec: FunctionSpec) -> int:
-        return min(self.choose(spec)[1], self.options.workers)
+        return min(self._plan(spec)[0], self.options.workers)
 
     def has_room(self, spec: FunctionSpec) -> bool:
         return not any(connection.waits for connection in list(self._live))
@@ -274,6 +286,24 @@ class SlurmBackend(Backend):
         return SlurmJobs(place)
 
     # what there is
+
+    def _plan(self, spec: FunctionSpec) -> tuple[int, list[str]]:
+        """How many workers of the spec there can be at once, and what srun is to be told of each."""
+        job = slurm_options.within(os.environ)
+        if job and (self.options.allocation or (self.options.allocation is None and self.options.anywhere)):
+            try:
+                need, count = slurm_options.choose(spec, self.queue.allocation(job))
+                return count, [*need.step_arguments(job), *self.options.extra]
+            except ResourceUnavailable:
+                if self.options.allocation:
+                    raise
+        elif self.options.allocation:
+            raise ConfigError(
+                "allocation=True: this process is in no Slurm job whose allocation it could use",
+                hint="start it in salloc or sbatch, or leave allocation= out",
+            )
+        need, count = self.choose(spec)
+        return count, need.arguments() + self.options.arguments()
 
     def choose(self, spec: FunctionSpec) -> tuple[slurm_options.Need, int]:
         """What a worker of the spec asks for, and how many the cluster holds at once."""

@@ -5,6 +5,7 @@ One `squeue` answers for all jobs, whoever asks; who asks while one runs shares 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flowfn.slurm_options import SINFO, Node, nodes_of
+from flowfn.slurm_options import SINFO, Node, allocated, nodes_of
 from flowfn_runtime.errors import BackendUnavailable, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ class Queue:
         self._looked = 0.0
         self._jobs: dict[str, Job] = {}
         self._nodes: tuple[float, list[Node]] | None = None
+        self._allocations: dict[str, list[Node]] = {}
         self._guard: subprocess.Popen[bytes] | None = None
         self._count = 0
         _all.add(self)
@@ -266,6 +268,18 @@ class Queue:
             if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_S:
                 self._nodes = time.monotonic(), nodes_of(self.run("sinfo", "-h", "-N", "-a", "-o", SINFO))
             return self._nodes[1]
+
+    def allocation(self, job: str) -> list[Node]:
+        """What a job that runs has of its nodes; nothing if it is none."""
+        with self._lock:
+            if job not in self._allocations:
+                try:
+                    listing = self.run("scontrol", "show", "job", "-d", job)
+                    names = functools.cache(lambda names: self.run("scontrol", "show", "hostnames", names).split())
+                    self._allocations[job] = allocated(listing, names)
+                except FlowError:
+                    return []
+            return self._allocations[job]
 
     def job(self, name: str) -> Job | None:
         """How a job is now; None if Slurm does not know it, or does not say."""

@@ -131,6 +131,59 @@ class TestAsking:
             make(dies, cluster.options()).remote()
 
 
+ALLOCATED = """
+import os
+import flowfn as flow
+
+def where():
+    import os
+    return os.environ["SLURM_JOB_ID"], os.environ.get("CUDA_VISIBLE_DEVICES"), len(os.sched_getaffinity(0)), os.getpid()
+
+if __name__ == "__main__":
+    own = os.environ["SLURM_JOB_ID"]
+    here = flow.function(where, backend=OPTIONS, gpu=1, memory="300MiB")
+    def gather(n):
+        import os, time
+        open(PLACE + f"/{n}", "w").close()
+        while len(os.listdir(PLACE)) < 2:
+            time.sleep(0.01)
+        return where()
+    two = [*flow.function(gather, backend=OPTIONS, gpu=1, max_workers=2).map(range(2))]
+    print({job for job, *_ in two} == {own}, sorted(gpu for _, gpu, *_ in two), len({pid for *_, pid in two}))
+    print(flow.function(where, backend=OPTIONS).remote()[0] == own)
+    print(here.remote()[0] == own)  # when one of the others has made room
+    print(flow.function(where, backend=OPTIONS, memory="9GiB").remote()[0] == own)  # more than the job has
+    print(flow.function(where, backend=APART).remote()[0] == own)
+    try:
+        flow.function(where, backend=ONLY, memory="9GiB").remote()
+    except flow.ResourceUnavailable as error:
+        print(error)
+"""
+
+
+class TestAllocations:
+    def test_a_job_that_is_there_is_used(self, cluster: SlurmCluster, tmp_path: Path) -> None:
+        (tmp_path / "meeting").mkdir()
+        options = cluster.options()
+        given = f"workers=3, cache={options.cache!r}, home={options.home!r}"
+        text = ALLOCATED.replace("OPTIONS", f"flow.Slurm({given})").replace("PLACE", f"'{tmp_path}/meeting'")
+        text = text.replace("APART", f"flow.Slurm({given}, allocation=False)").replace(
+            "ONLY", f"flow.Slurm({given}, allocation=True)"
+        )
+        (tmp_path / "client").mkdir()
+        program = tmp_path / "client" / "client.py"
+        program.write_text(text)
+        salloc = ["salloc", "--quiet", "-n1", "-c4", "--mem=2000", "--gres=gpu:a100:2"]
+        done = subprocess.run([*salloc, sys.executable, str(program)], capture_output=True, text=True, timeout=100)
+        lines = done.stdout.splitlines()
+        assert lines[:5] == ["True ['0', '1'] 2", "True", "True", "False", "False"], done.stderr
+        assert "this job (1 node of 4 cores, 1.95 GiB, a100:2)" in lines[5]
+
+    def test_there_is_none(self, cluster: SlurmCluster) -> None:
+        with pytest.raises(flow.ConfigError, match="in no Slurm job"):
+            make(abs, cluster.options(allocation=True)).remote(-1)
+
+
 class TestRefusing:
     def refused(self, cluster: SlurmCluster, backend: Any = None, **options: Any) -> str:
         with pytest.raises(flow.ResourceUnavailable) as caught:
