@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -136,10 +135,10 @@ class StreamConnection(Connection):
 
     def kill(self) -> None:
         if self.process.poll() is None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                self.process.kill()
+            from flowfn_runtime import limits
+
+            # With what has gone off on its own: where the program is the worker's own host, that is below it.
+            limits.kill_tree(self.process.pid)
         self.end_remote()
 
     def exit(self, timeout: float) -> Exit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -193,6 +194,23 @@ def test_the_last_words_of_a_program_are_told() -> None:
 def test_noise_without_end_is_given_up() -> None:
     with pytest.raises(flow.BackendError, match="is not the worker's"):
         stream.start(["sh", "-c", "yes"], shipping.Launch({}), label="engine")
+
+
+def test_a_killed_worker_takes_along_what_went_off_on_its_own(elsewhere: Callable[..., Elsewhere]) -> None:
+    backend = elsewhere()
+
+    @flow.function(backend=backend)
+    def daemon() -> int:
+        import subprocess
+
+        return int(subprocess.run(["setsid", "sh", "-c", "sleep 1000 >&- 2>&- & echo $!"], stdout=-1).stdout)
+
+    left = os.pidfd_open(daemon.remote())
+    for connection in list(backend.connections._open):
+        connection.kill()
+    ready, _, _ = select.select([left], [], [], 30)
+    os.close(left)
+    assert ready
 
 
 def test_a_closed_worker_leaves_no_process(elsewhere: Callable[..., Elsewhere]) -> None:
