@@ -17,6 +17,7 @@ Then this process becomes the host of the worker. Until then the end of the stre
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -27,7 +28,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from . import exceptions, host, limits, logs, wire
+from . import exceptions, host, limits, logs, paths, wire
 from .errors import BackendError, FlowError
 
 # Variables that count only when a program starts.
@@ -70,7 +71,12 @@ def main(first: bytes = b"") -> None:
         os._exit(70)
     except Exception as error:
         watch.stop()
-        if not isinstance(error, FlowError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = BackendError(
+                f"a worker could not be prepared: the disk of {error.filename or paths.cache()} is full",
+                hint="free some space there, or say where there is more with cache=, or FLOW_CACHE there",
+            )
+        elif not isinstance(error, FlowError):
             error = BackendError(f"a worker could not be prepared: {type(error).__name__}: {error}")
         payload = exceptions.dumps(error)
         stream.send(wire.ERROR, body=payload.data, buffers=payload.buffers)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ import flowfn as flow
 PROGRAMS = ("slurmctld", "slurmd", "srun", "squeue", "sinfo", "scancel", "scontrol", "sbatch")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm"
 START_S = 30.0
+# Of a cluster with a node that is apart; tests that run beside this one have networks of their own.
+_BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+NETWORK, LINK = f"flowfn-slurm-{_BESIDE}", f"fnslurm{_BESIDE}"
+CONTROLLER, AWAY = f"10.94.{_BESIDE}.1", f"10.94.{_BESIDE}.2"
 
 
 def why_not() -> str | None:
@@ -43,7 +47,9 @@ class SlurmCluster:
     CPUS = 16
     MEMORY_MIB = 16000
 
-    def __init__(self) -> None:
+    def __init__(self, *, apart: bool = False) -> None:
+        """`apart`: n3 is in a network of its own, with a link that can be cut."""
+        self.apart = apart
         self.root = Path(tempfile.mkdtemp(prefix="slurm-test-", dir="/tmp"))
         self.root.chmod(0o755)
         self.conf = self.root / "slurm.conf"
@@ -51,13 +57,15 @@ class SlurmCluster:
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> SlurmCluster:
+        if self.apart:
+            self._make_network()
         ports = _free_ports(4)
         for number in range(2):
             os.mknod(self.root / f"nvidia{number}", 0o20666, os.makedev(1, 3))
         host = socket.gethostname().partition(".")[0]
         user = pwd.getpwuid(os.getuid()).pw_name
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.CPUS} "
+            f"NodeName={name} NodeHostname={host} NodeAddr={self._address(name)} Port={port} CPUs={self.CPUS} "
             f"RealMemory={self.MEMORY_MIB} {gres} State=UNKNOWN"
             for name, port, gres in zip(
                 ("n1", "n2", "n3"), ports[1:], ("Gres=gpu:a100:2", "Gres=gpu:h100:1", ""), strict=True
@@ -66,7 +74,7 @@ class SlurmCluster:
         self.conf.write_text(
             f"""
 ClusterName=flowtest
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({CONTROLLER if self.apart else "127.0.0.1"})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
@@ -93,7 +101,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 DefMemPerCPU=500
 KillWait=2
-SlurmdTimeout=6
+SlurmdTimeout={30 if self.apart else 6}
 MessageTimeout=5
 {nodes}
 PartitionName=main Nodes=n[1-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
@@ -119,7 +127,34 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
 
     def start_node(self, name: str) -> None:
         """Start the daemon of a node."""
-        self._spawn("slurmd", "-D", "-N", name, label=name)
+        away = ["nsenter", f"--net=/run/netns/{NETWORK}"] if self.apart and name == "n3" else []
+        self._spawn("slurmd", "-D", "-N", name, label=name, before=away)
+
+    def link(self, up: bool) -> None:
+        """Plug n3's network in, or pull it out."""
+        subprocess.run(["ip", "link", "set", LINK, "up" if up else "down"], check=True)
+
+    def _address(self, name: str) -> str:
+        if not self.apart:
+            return "127.0.0.1"
+        return AWAY if name == "n3" else CONTROLLER
+
+    def _make_network(self) -> None:
+        self._remove_network()
+        for command in (
+            f"ip netns add {NETWORK}",
+            f"ip link add {LINK} type veth peer name {LINK}n netns {NETWORK}",
+            f"ip address add {CONTROLLER}/24 dev {LINK}",
+            f"ip link set {LINK} up",
+            f"ip -n {NETWORK} address add {AWAY}/24 dev {LINK}n",
+            f"ip -n {NETWORK} link set {LINK}n up",
+            f"ip -n {NETWORK} link set lo up",
+        ):
+            subprocess.run(command.split(), check=True)
+
+    def _remove_network(self) -> None:
+        for command in (f"ip netns delete {NETWORK}", f"ip link delete {LINK}"):
+            subprocess.run(command.split(), check=False, stderr=subprocess.DEVNULL)
 
     def start_controller(self, *, wait: bool = True) -> None:
         """Start the controller, which goes on where a former one ended."""
@@ -133,11 +168,11 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
         controller.kill()
         controller.wait()
 
-    def _spawn(self, program: str, *arguments: str, label: str = "") -> None:
+    def _spawn(self, program: str, *arguments: str, label: str = "", before: Sequence[str] = ()) -> None:
         path = find(program)
         assert path
         self.daemons[label or program] = subprocess.Popen(
-            [path, *arguments],
+            [*before, path, *arguments],
             env={**os.environ, **self.environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -175,10 +210,10 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
         """End a node as if its power had failed: its daemon, and what runs there."""
         daemon = self.daemons.pop(name)
         steps = self._steps(name)
-        daemon.kill()
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # all at one moment: none sees another's end
+            for pid in (daemon.pid, *steps):
+                _kill(pid, number)
         daemon.wait()
-        for pid in steps:
-            _kill(pid)
 
     def _steps(self, name: str) -> list[int]:
         """The processes of the jobs on a node, and the slurmstepd above them."""
@@ -213,12 +248,14 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
 
     def remove(self) -> None:
         self.stop()
+        if self.apart:
+            self._remove_network()
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int, number: int = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except ProcessLookupError:
         pass
 
