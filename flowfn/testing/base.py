@@ -133,6 +133,7 @@ class Contract:
     """An address of this machine that workers can connect to."""
 
     _backend: Any = None
+    _record: Callable[[str, object], None]  # says something in the report of the run
 
     @pytest.fixture
     def backend(self) -> Any:
@@ -145,9 +146,10 @@ class Contract:
         return tmp_path
 
     @pytest.fixture(autouse=True)
-    def _contract(self, backend: Any) -> Iterator[None]:
+    def _contract(self, backend: Any, record_property: Callable[[str, object], None]) -> Iterator[None]:
         assert FEATURES.keys() >= set(self.unsupported), "`unsupported` names something that the suite does not know"
         self._backend = backend
+        self._record = record_property
         yield
 
     @pytest.fixture
@@ -170,6 +172,7 @@ class Contract:
 
         with pytest.raises(flow.FlowError) as caught:
             self.function(never, **options).remote()
+        self._record("refused", feature)
         text = str(caught.value)
         assert any(option in text for option in options), f"the refusal of {feature} names none of {list(options)}"
 
