@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
-from flowfn import shipping, terminal
+from flowfn import shipping, terminal, threads
 from flowfn.backends import ray_connection, ray_lease, ray_resources, stream
 from flowfn.backends.base import Backend, Connection
 from flowfn.bundle import bundle
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 LOOK_S = 0.25  # how often it is looked at why a worker does not start
 ROOM_S = 3.0  # after so long idle workers make room, whatever Ray says of what is free
 UNWANTED_S = 10.0  # after so long a worker that no call waits for any more is given up
-START_S = 60.0  # how long a relayed worker may take, once its node is known
+WATCH_S = 5.0  # how often it is looked whether the cluster's head is there
+KNOCK_S = 10.0  # for the address to answer
+HEAD_S = 5.0  # how long a head that was there may be gone
 ATTEMPTS = 3  # to start a worker: the project changes while it is sent, or the node is lost
 WAIT_S = 600.0  # for Ray to have room for a worker; an autoscaler takes minutes
 
@@ -79,6 +82,7 @@ class RayBackend(Backend):
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._leases: set[ray_connection.Lease] = set()  # that were asked for and are not there
         self._waiting: set[ray_connection.Lease] = set()  # of these, those that Ray has no room for
+        self._watched = False
         self._closed = 0  # how often
         self._lock = threading.Lock()
         _backends.add(self)
@@ -149,7 +153,8 @@ class RayBackend(Backend):
         if self._door is not None:
             self._door.left()
         self._door = None
-        self._started = False
+        self._started = self._watched = False
+        self._lock = threading.Lock()
 
     # the cluster
 
@@ -163,6 +168,7 @@ class RayBackend(Backend):
         with self._lock:
             if ray.is_initialized():
                 return
+            knock(self._address or os.environ.get("RAY_ADDRESS") or "")
             # Which thread connects is no matter to us, and Ray warns that it takes no SIGTERM in this one.
             logger = logging.getLogger("ray._private.worker")
             level = logger.level
@@ -179,9 +185,53 @@ class RayBackend(Backend):
                 logger.setLevel(level)
             self._started = True
 
+    def _look_up(self) -> None:
+        """Raise BackendUnavailable if the head of the cluster is gone: Ray waits a minute, and then ends this process.
+
+        It may come back at once, where somebody restarts it.
+        """
+        try:
+            address = ray.get_runtime_context().gcs_address
+        except Exception:  # Ray's client has none
+            return
+        deadline = time.monotonic() + HEAD_S
+        while True:
+            try:
+                knock(address)
+                return
+            except BackendUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOOK_S)
+
+    def _keep(self, connection: Connection) -> None:
+        """Remember a worker, and that the cluster's head is there as long as there are any."""
+        with self._lock:
+            self._open.add(connection)
+            if self._watched:
+                return
+            self._watched = True
+        threads.start(self._watch)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(WATCH_S)
+            with self._lock:
+                open_now = list(self._open)
+                if not open_now or not ray.is_initialized():
+                    self._watched = False
+                    return
+            try:
+                self._look_up()
+            except BackendUnavailable:  # workers may not have noticed; who waits for them hears of it
+                for connection in open_now:
+                    connection.kill()
+            del open_now
+
     def nodes(self) -> list[Mapping[str, float]]:
         """The resources of the nodes that are alive."""
         self._init()
+        self._look_up()
         try:
             return [node["Resources"] for node in ray.nodes() if node["Alive"]]
         except ray_connection.GONE as error:
@@ -238,7 +288,7 @@ class RayBackend(Backend):
                 if not isinstance(lodged, str):
                     return lodged
                 options = {**options, "scheduling_strategy": _on(lodged)}
-            return self._relay(options, order, packed)
+            return self._relay(spec, need, dict(options), order, packed)
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise BackendUnavailable(f"Ray can't make the environment of a worker: {error}") from error
         except ray_connection.GONE as error:
@@ -277,11 +327,11 @@ class RayBackend(Backend):
         if handed_in is not None:
             self._near.add(handed_in[0]["node"])
             connection = ray_connection.RayConnection(lease, *handed_in)
-            self._open.add(connection)
+            self._keep(connection)
             return connection
-        if lease.elsewhere:
-            self._far.add(lease.elsewhere)
-            return lease.elsewhere
+        if lease.answer:
+            self._far.add(lease.answer["node"])
+            return str(lease.answer["node"])
         if lease.error is not None and not lease.given_up:
             raise lease.error
         raise BackendUnavailable("the ray backend was shut down while a worker started")
@@ -294,6 +344,7 @@ class RayBackend(Backend):
         told = False
         while not lease.happened.wait(LOOK_S):
             waited = time.monotonic() - begun
+            self._look_up()
             full = not any(map(need.fits, _free()))
             if full:
                 self._waiting.add(lease)
@@ -311,17 +362,43 @@ class RayBackend(Backend):
                 text = f"waits for room on Ray: {need}\n"
                 terminal.show_output("ray", 0, "ray", text.encode(), True)
 
-    def _relay(self, options: dict[str, Any], order: dict[str, Any], packed: Any) -> ray_connection.RelayedConnection:
+    def _relay(
+        self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], order: dict[str, Any], packed: Any
+    ) -> ray_connection.RelayedConnection:
         del options["max_retries"]
         actor = _Relay.options(max_restarts=0, **options).remote(order, packed)
+        lease = ray_connection.Lease("")
+        self._leases.add(lease)
         try:
-            said = ray.get(actor.start.remote(), timeout=self._wait_s)
-        except ray.exceptions.GetTimeoutError:
-            ray.kill(actor)
-            raise ResourceUnavailable(f"Ray did not start an actor with {options} for {self._wait_s:g} s") from None
-        connection = ray_connection.RelayedConnection(actor, said)
-        self._open.add(connection)
+            lease.begun(actor.start.remote())
+            self._wait(lease, spec, need)
+            if lease.given_up:
+                raise BackendUnavailable("the ray backend was shut down while a worker started")
+            if lease.error is not None:
+                raise lease.error
+        except BaseException:
+            ray_connection.end(actor)
+            raise
+        finally:
+            self._leases.discard(lease)
+            self._waiting.discard(lease)
+        connection = ray_connection.RelayedConnection(actor, lease.answer)
+        self._keep(connection)
         return connection
+
+
+def knock(address: str) -> None:
+    """Raise BackendUnavailable if nobody listens at the address: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local": Ray finds out
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise BackendUnavailable(
+            f"no Ray cluster can be had at {address}: {error.strerror or error}",
+            hint="is it running, and the address right? `ray status` tells",
+        ) from None
 
 
 def _free() -> list[Mapping[str, float]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import pickle
 import secrets
 import socket
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from flowfn.backends import openssh, stream
+from flowfn.backends import openssh, ray_lease, stream
 from flowfn.backends.base import Connection, Exit
 from flowfn_runtime import wire
 from flowfn_runtime.host import EXIT_MARK
@@ -25,6 +24,7 @@ from flowfn_runtime.host import EXIT_MARK
 GONE = (ray.exceptions.RayError, ConnectionError)
 EXIT_S = 5.0  # how long a relayed worker's actor may take to say how it ended
 WORDS_BYTES = 1 << 14
+BIG_BYTES = 1 << 22
 
 
 class Lease:
@@ -35,7 +35,7 @@ class Lease:
         self.reference: Any = None
         self.happened = threading.Event()  # one of the following
         self.handed_in: tuple[dict[str, Any], list[int]] | None = None  # what the node said, and the worker's ends
-        self.elsewhere = ""  # the node that can't reach the door
+        self.answer: dict[str, Any] = {}  # of a node that can't reach the door, or that relays
         self.error: BaseException | None = None
         self.over = threading.Event()
         self._lock = threading.Lock()
@@ -64,8 +64,8 @@ class Lease:
 
     def _done(self, future: concurrent.futures.Future[Any]) -> None:
         self.error = future.exception()
-        if self.error is None and (answer := future.result()):
-            self.elsewhere = answer["node"]
+        if self.error is None:
+            self.answer = future.result() or {}
         self.over.set()
         self.happened.set()
 
@@ -240,7 +240,7 @@ class RayStream:
                 return
             kept, self._kept = self._kept, []
             try:
-                self._actor.feed.remote(kept, *[pickle.PickleBuffer(buffer) for buffer in buffers])
+                self._actor.feed.remote(kept, *map(ray_lease.out_of_band, buffers))
             except GONE as error:
                 raise EOFError(summary(error)) from None
 
@@ -258,13 +258,20 @@ class RayStream:
                 raise EOFError("the worker has ended")
             self._frames.extend(frames)
         (kind, flags, call, arg, meta), body, buffers = self._frames.popleft()
-        return wire.Frame(kind, flags, call, arg, meta, body, [memoryview(buffer) for buffer in buffers])
+        return wire.Frame(kind, flags, call, arg, meta, body, list(map(_own, buffers)))
 
     def close(self) -> None:
         self._closed = True
 
     def forget(self) -> None:
         self._closed = True
+
+
+def _own(buffer: Any) -> Any:
+    """A copy of what lies in Ray's object store, since what a call returns is its caller's to change."""
+    if len(buffer) >= BIG_BYTES and hasattr(buffer, "copy"):  # numpy's copies are in huge pages: a quarter of the time
+        return memoryview(buffer.copy())
+    return bytearray(buffer)
 
 
 class RelayedConnection(Connection):
@@ -284,9 +291,8 @@ class RelayedConnection(Connection):
         return {"argv0": os.path.basename(sys.argv[0]) if sys.argv else ""}
 
     def kill(self) -> None:
-        # The worker's program sees the actor go, and ends the worker with all it started.
         self._how = self._how or Exit(detail="it was ended here")
-        self._end()
+        end(self._actor)
 
     def exit(self, timeout: float) -> Exit:
         if self._how is None:
@@ -309,13 +315,17 @@ class RelayedConnection(Connection):
 
     def close(self) -> None:
         self.stream.close()
-        self._end()
+        end(self._actor)
 
-    def _end(self) -> None:
-        try:
-            ray.kill(self._actor, no_restart=True)
-        except (*GONE, ValueError, RuntimeError):
-            pass  # it is gone, or Ray is
+
+def end(actor: Any) -> None:
+    """End an actor. Its worker's program sees it go, and ends the worker with all that it started."""
+    if not ray.is_initialized():
+        return
+    try:
+        ray.kill(actor, no_restart=True)
+    except (*GONE, ValueError, RuntimeError):
+        pass  # it is gone, or Ray is
 
 
 def summary(error: BaseException | None) -> str:

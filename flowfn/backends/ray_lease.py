@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import ray
 
 CONCURRENCY = {"inward": 1, "outward": 1, "control": 2}  # of the actor's methods: how many run at a time
 END_S = 10.0  # how long a program may take to end when it is told to
+OUT_OF_BAND_BYTES = 1 << 16
 _BOOT = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.insert(0, {!r}); "
     "from flowfn_runtime import bootstrap; bootstrap.main()"
@@ -139,6 +139,18 @@ def lodge(order: Mapping[str, Any], packed: Sequence[Any]) -> dict[str, Any] | N
     return None
 
 
+def out_of_band(buffer: Any) -> Any:
+    """What has Ray put a large buffer into its object store as it is. Small ones travel with what is around them."""
+    if len(buffer) >= OUT_OF_BAND_BYTES:
+        try:
+            import numpy
+        except ImportError:
+            pass
+        else:  # not a PickleBuffer: Ray's own buffers don't survive Python's garbage collection
+            return numpy.frombuffer(buffer, dtype=numpy.uint8)
+    return bytes(buffer)
+
+
 class Relay:
     """The actor."""
 
@@ -197,7 +209,7 @@ class Relay:
             while not frames or self._stream.pending:
                 frame = self._stream.receive()
                 head = (frame.kind, frame.flags & ~wire.BODY_SHARED, frame.call, frame.arg, frame.meta)
-                buffers = [pickle.PickleBuffer(buffer) for buffer in frame.buffers]
+                buffers = list(map(out_of_band, frame.buffers))
                 frames.append((head, bytes(frame.body), buffers))
         except EOFError:
             pass

@@ -21,7 +21,7 @@ from flowfn_runtime import limits
 
 # Tests of this machine's own Ray need neither its tokens nor to be counted.
 ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0"}
-CPUS = 16  # of a node, by declaration
+CPUS = 4  # of a node, by declaration
 NODES: list[dict[str, Any]] = [
     {"num_gpus": 2, "resources": {"accelerator_type:A100": 1}},
     {"num_gpus": 1, "resources": {"accelerator_type:H100": 1}},

@@ -1,0 +1,218 @@
+"""What is lost and what is not when parts of a real Ray are killed, and what is left behind: nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import ray_cluster
+from ray_cluster import RayCluster, wait_until
+
+import flowfn as flow
+
+NODES: list[dict[str, Any]] = [{"num_cpus": 2}, {"num_cpus": 2}, {"num_cpus": 2}]
+
+# A client is a program of its own: Ray ends the process of a driver that has lost its cluster.
+PRELUDE = """
+import os, signal, sys, time
+import flowfn as flow
+from flowfn.backends.ray import RayBackend
+
+backend = RayBackend(**{options!r})
+
+def say(text):
+    print("says:", text, flush=True)  # Ray prints as well
+"""
+
+
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayCluster]]:
+    engines.need(ray_cluster.why_not())
+    for name, value in ray_cluster.ENVIRON.items():
+        monkeypatch.setenv(name, value)
+    made: list[RayCluster] = []
+
+    def make(nodes: list[dict[str, Any]] = NODES, **options: Any) -> RayCluster:
+        made.append(RayCluster(nodes, **options).start())
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.remove()
+
+
+class Client:
+    """A program that uses the cluster; what it says is read line by line."""
+
+    def __init__(self, script: str, cluster: RayCluster, where: Path, **options: Any) -> None:
+        where.mkdir(exist_ok=True)
+        text = PRELUDE.format(options=cluster.options(**options)) + textwrap.dedent(script)
+        (where / "client.py").write_text(text)
+        self.process = subprocess.Popen(
+            [sys.executable, "client.py"], cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("says: "):
+                return line[len("says: ") :].rstrip("\n")
+        return ""
+
+    def expect(self, line: str) -> None:
+        said = self.line()
+        if said != line:
+            self.process.kill()
+            pytest.fail(f"it said {said!r} in place of {line!r}:\n{self.process.communicate()[1][-4000:]}")
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status, and what it has said on standard error."""
+        _, said = self.process.communicate(timeout=120)
+        return self.process.returncode, said
+
+
+def children(pid: int) -> set[int]:
+    from flowfn_runtime import limits
+
+    return set(limits.descendants(pid))
+
+
+SPREAD = """
+items = range(60)
+
+@flow.function(backend=backend, max_workers=6, cpu=1)
+def work(n):
+    import os, time
+    with open(f"{folder}/{{n}}-{{os.getpid()}}", "w") as file:
+        file.write(str(os.getppid()))
+    time.sleep(0.1)
+    return n * n
+
+results = []
+for value in work.map(items):
+    results.append(value)
+    if len(results) == 12:
+        say("under way")
+assert results == [n * n for n in items], results
+say("all there")
+flow.shutdown()
+"""
+
+
+def test_a_node_that_is_killed_in_the_middle_of_a_map(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:
+    cluster = clusters()
+    folder = tmp_path / "ran"
+    folder.mkdir()
+    client = Client(SPREAD.format(folder=folder), cluster, tmp_path / "client", spread=True)
+    client.expect("under way")
+    of_nodes = [cluster.workers() & children(raylet) for raylet in cluster.raylets]
+    assert sum(map(bool, of_nodes)) >= 2, "the workers are not spread over the nodes"
+    os.kill(cluster.raylets[2], signal.SIGKILL)
+    client.expect("all there")
+    status, said = client.end()
+    assert status == 0, said
+    # What had a result is not run again; only what ran on the node at that moment is.
+    ran = [int(path.name.partition("-")[0]) for path in folder.iterdir()]
+    assert set(ran) == set(range(60)) and len(ran) <= 60 + 2 * 2
+    wait_until(lambda: not cluster.workers(), "workers are left")
+
+
+def test_the_ray_process_of_a_worker_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:
+    cluster = clusters([{"num_cpus": 2}])
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    script = f"""
+    @flow.function(backend=backend)
+    def f():
+        import os, time
+        number = len(os.listdir({str(marks)!r}))
+        open(f"{marks}/{{number}}", "w").write(str(os.getpid()))
+        while number == 0:
+            time.sleep(0.1)
+        return number
+
+    say(f.remote())
+    flow.shutdown()
+    """
+    client = Client(script, cluster, tmp_path / "client")
+    wait_until(lambda: (marks / "0").exists() and (marks / "0").read_text(), "the call did not begin")
+    worker = int((marks / "0").read_text())
+    task = _parent(_parent(worker))  # worker, its host, Ray's process
+    assert b"ray::" in Path(f"/proc/{task}/cmdline").read_bytes()
+    os.kill(task, signal.SIGKILL)
+    client.expect("1")
+    assert client.end()[0] == 0
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker outlived Ray's process")
+    wait_until(lambda: not cluster.workers(), "workers are left")
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
+def test_a_client_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path, direct: bool) -> None:
+    cluster = clusters([{"num_cpus": 4}])
+    script = """
+    @flow.function(backend=backend)
+    def f():
+        import subprocess
+        import time
+        subprocess.Popen(["sleep", "600"])
+        time.sleep(600)
+
+    @flow.function(backend=backend)
+    def ready():
+        return "ready"
+
+    f.spawn(); f.spawn()
+    say(ready.remote())
+    while True:
+        time.sleep(1)
+    """
+    client = Client(script, cluster, tmp_path / "client", direct=direct)
+    client.expect("ready")
+    wait_until(lambda: b"sleep" in b"".join(map(ray_cluster._command, cluster.processes())), "nothing runs")
+    client.process.kill()
+    client.end()
+    wait_until(lambda: not cluster.workers(), "workers are left")
+    wait_until(lambda: b"sleep\0600" not in b"".join(map(ray_cluster._command, cluster.processes())), "more is left")
+
+
+def test_a_head_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:
+    cluster = clusters([{"num_cpus": 2}])
+    script = """
+    @flow.function(backend=backend)
+    def f(seconds):
+        import time
+        time.sleep(seconds)
+        return seconds
+
+    f.remote(0)
+    say("ready")
+    try:
+        f.remote(600)
+    except flow.FlowError as error:
+        say("clear: " + type(error).__name__)
+        os._exit(0)  # Ray does not end well without its head
+    """
+    client = Client(script, cluster, tmp_path / "client")
+    client.expect("ready")
+    os.kill(cluster.gcs, signal.SIGKILL)
+    os.kill(cluster.raylets[0], signal.SIGKILL)
+    client.expect("clear: BackendUnavailable")
+    client.end()
+    wait_until(lambda: not cluster.workers(), "workers are left")
+
+
+def test_no_cluster_at_the_address(clusters: Callable[..., RayCluster]) -> None:
+    with pytest.raises(flow.BackendUnavailable, match="no Ray cluster"):
+        flow.function(backend="ray://127.0.0.1:1")(abs).remote(-1)
