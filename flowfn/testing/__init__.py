@@ -25,16 +25,32 @@ try:
 except ImportError as error:
     raise ImportError("flowfn.testing needs pytest: pip install pytest") from error
 
-for _name in ("base", "calls", "control", "data", "failures", "lifecycle", "maps", "resources", "tasks"):
+for _name in (
+    "base",
+    "calls",
+    "control",
+    "data",
+    "failures",
+    "kinds",
+    "lifecycle",
+    "losses",
+    "maps",
+    "output",
+    "resources",
+    "tasks",
+):
     pytest.register_assert_rewrite(f"flowfn.testing.{_name}")
 
 from .base import FEATURES, Contract, Meeting, needs  # noqa: E402
-from .calls import Generators, Identity, Kinds, Values  # noqa: E402
-from .control import Cancelling, Futures, LostWorkers, Retrying, Timeouts, Versions  # noqa: E402
+from .calls import Identity, Values  # noqa: E402
+from .control import Cancelling, Futures, Timeouts  # noqa: E402
 from .data import Mounts, Put, References  # noqa: E402
-from .failures import Exceptions, Logs, Serialization  # noqa: E402
+from .failures import Exceptions, Serialization  # noqa: E402
+from .kinds import Generators, Kinds  # noqa: E402
 from .lifecycle import CleaningUp, Executors, ProjectCode  # noqa: E402
+from .losses import LostWorkers, Retrying, Versions  # noqa: E402
 from .maps import Maps  # noqa: E402
+from .output import Logs  # noqa: E402
 from .resources import Cores, Environments, Gpus, Memory  # noqa: E402
 from .tasks import Tasks  # noqa: E402
 
