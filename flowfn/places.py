@@ -217,7 +217,7 @@ def start(jobs: Jobs, draft: Draft) -> str:
     task_id: str = spec["id"]
     place = json.dumps(dict(jobs.place), sort_keys=True)
     with _lock:
-        jobs = _jobs.setdefault(place, jobs)
+        _jobs.setdefault(place, jobs)  # for asking; how it is started is this one's matter
     _dependencies(spec, jobs, place)
     try:
         # The lock is held while it is submitted: whoever lists it meanwhile does not take it for lost.

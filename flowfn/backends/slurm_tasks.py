@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from flowfn.plan import Draft
 
 NAME = "flowfn-"  # before the task's id, in the job's name
+PASSING = ("PREEMPTED", "NODE_FAIL")  # a job of such a state may have another one soon
+PASSING_S = 5.0
 LOOK_S = 5.0  # how often Slurm is asked for a task that is waited for; its files are looked at more often
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING")
 
@@ -134,8 +136,22 @@ class SlurmJobs(Jobs):
             ended, facts = self._read(task_id)
             job = jobs.get(task_id) or past.get(task_id)
             if ended is not None or job is not None or facts:
-                found[task_id] = ended or judge(job, facts)
+                found[task_id] = ended or self._believe(task_id, job, judge(job, facts))
         return found
+
+    def _believe(self, task_id: str, job: Job | None, state: State) -> State:
+        """The state, unless the job may be put into the queue again in a moment: it reads as preempted until it is."""
+        if job is None or not job.over or job.state not in PASSING or state.state != taskdb.FAILED:
+            return state
+        mark = os.path.join(self._directory(task_id), "preempted")
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            if time.time() - os.stat(mark).st_mtime > PASSING_S:
+                return state
+        except OSError:
+            return state
+        return state._replace(state=taskdb.PENDING, ended_at=None)
 
     def _read(self, task_id: str) -> tuple[State | None, dict[str, Any]]:
         """How it ended, if it has said so; and what else lies in its directory."""
@@ -249,7 +265,8 @@ def judge(job: Job | None, facts: Mapping[str, Any]) -> State:
     started: float | None = told.get("started_at")
     if job is not None and not job.over:
         if job.state.startswith(WAITING):
-            why = f"Slurm job {job.number} waits in the queue: {job.reason}"
+            ever = ", and would for ever" if slurm_queue.hopeless(job.reason) else ""
+            why = f"Slurm job {job.number} waits in the queue{ever}: {job.reason}"
             return State(taskdb.PENDING, why, None, started, None, attempts)
         if facts.get("begun"):
             return State(taskdb.RUNNING, told.get("reason", ""), None, started, None, attempts)

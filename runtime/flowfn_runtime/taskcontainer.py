@@ -14,7 +14,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import paths
+from . import paths, proctree
 
 if TYPE_CHECKING:
     from .taskbox import Command, Room
@@ -109,21 +109,14 @@ def _memory_file(workspace: str) -> str:
     return path
 
 
-class Guard:
+class Guard(proctree.Guard):
     """Sees to it that the task's containers are removed, whatever becomes of this process."""
 
     def __init__(self, spec: dict[str, Any], directory: str) -> None:
         self._directory = directory
         self._engine: list[str] = spec["box"]["engine"]
         self._names = [name_of(spec, rank) for rank in range(spec["nodes"])]
-        read, self._write = os.pipe()
-        remove = [*self._engine, "rm", "--force", *self._names]
-        try:
-            actions = [(os.POSIX_SPAWN_DUP2, read, 0)]
-            program = ["/bin/sh", "-c", _GUARD, "flowfn-guard", *remove]
-            self.pid = os.posix_spawn(program[0], program, os.environ, file_actions=actions, setsid=True)
-        finally:
-            os.close(read)
+        super().__init__(_GUARD, "flowfn-guard", *self._engine, "rm", "--force", *self._names)
 
     def out_of_memory(self) -> bool:
         """Whether one of them was ended by its memory limit."""
@@ -141,14 +134,6 @@ class Guard:
     def remove(self) -> None:
         """Make room for another attempt."""
         self._ask("rm", "--force", *self._names)
-
-    def close(self) -> None:
-        """Remove them; returns when they are gone."""
-        os.close(self._write)
-        try:
-            os.waitpid(self.pid, 0)
-        except ChildProcessError:
-            pass
 
     def _ask(self, *words: str) -> str:
         # Not subprocess.run: the supervisor reaps all children itself, wherever they come from.

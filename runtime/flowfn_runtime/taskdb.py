@@ -268,11 +268,6 @@ def settled(row: TaskRow) -> TaskRow:
     if fresh is None or not (row := _row(fresh)).active:
         return row if fresh is not None else row._replace(state=FAILED, reason="it was removed")
     ended = _what_became(row, directory)
-    if taskdir.is_held(directory, "tree") and (taskdir.read_json(directory, "spec.json") or {}).get("box") == "plain":
-        from . import limits
-
-        # No sandbox ends with its supervisor what was started in it.
-        limits.kill_marked(f"FLOW_TASK_ID={row.id.removesuffix('r')}")
     if not taskdir.is_held(directory, "tree"):  # else its last processes are dying: the next reader writes it down
         try:
             taskdir.remove_tree(os.path.join(directory, "scratch"))

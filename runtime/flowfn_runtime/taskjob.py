@@ -49,7 +49,7 @@ def main() -> None:
 def _run(directory: str, plan: dict[str, Any]) -> int:
     lock = _lock(os.path.join(directory, "lock"))
     before = taskdir.read_json(directory, "state.json") or {}
-    for name in ("started", "result.part", "pid", "taken"):  # of an attempt that the engine has ended
+    for name in ("started", "result.part", "pid", "taken", "preempted"):  # of an attempt that the engine has ended
         if os.path.exists(os.path.join(directory, name)):
             os.unlink(os.path.join(directory, name))
     taskdir.remove_tree(os.path.join(directory, "scratch"))

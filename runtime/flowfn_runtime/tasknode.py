@@ -40,6 +40,7 @@ class Nodes:
         self._staged: Staged | None = None
         self._contained = isinstance(spec["box"], dict)
         self.guard: Guard | None = None  # of containers
+        self._plain_guard: proctree.Guard | None = None  # of processes that no sandbox ends
         self._fds: list[int] = []
         self._null = self._keep(os.open(os.devnull, os.O_RDONLY))
         self._logs = [] if terminal else [self._open_logs(rank) for rank in range(self._count)]
@@ -64,7 +65,9 @@ class Nodes:
             from .taskcontainer import Guard
 
             self.guard = Guard(self._spec, self._directory)
-        elif self._spec["cpus"]:
+        elif self._spec["box"] == "plain":
+            self._plain_guard = proctree.guard_marked(f"FLOW_TASK_ID={self._spec['task_id']}")
+        if not self._contained and self._spec["cpus"]:
             from . import limits
 
             # This process's cores and variables, which everything that it starts has as well.
@@ -109,8 +112,9 @@ class Nodes:
 
     def close(self) -> None:
         """Give everything back. The nodes have ended."""
-        if self.guard is not None:
-            self.guard.close()
+        for guard in (self.guard, self._plain_guard):
+            if guard is not None:
+                guard.close()
         if self._gpus is not None:
             self._gpus.close()
         if self._staged is not None:

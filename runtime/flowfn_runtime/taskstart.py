@@ -304,6 +304,7 @@ def _launch(directory: str, lock: int, spec: dict[str, Any], gpus: str | None) -
             (os.POSIX_SPAWN_DUP2, source, first + 1),
         ]
         env = os.environ | {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache()}
+        env.pop("FLOW_TASK_ID", None)  # a task that another one submits outlives it
         if gpus:
             env["FLOW_GPUS"] = gpus
         bytecode = os.path.join(paths.private_dir(paths.cache()), "bytecode")

@@ -162,6 +162,12 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
         if wait:
             self._wait_until_up()
 
+    def stop_controller(self) -> None:
+        """End the controller as for a restart: it saves what it knows."""
+        controller = self.daemons.pop("slurmctld")
+        controller.terminate()
+        controller.wait()
+
     def kill_controller(self) -> None:
         """End the controller, as if it had crashed."""
         controller = self.daemons.pop("slurmctld")
@@ -210,6 +216,10 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
         """End a node as if its power had failed: its daemon, and what runs there."""
         daemon = self.daemons.pop(name)
         steps = self._steps(name)
+        for pid in list(steps):  # the slurmstepd above a batch script has no such variable
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd") and parent not in steps:
+                steps.append(parent)
         for number in (signal.SIGSTOP, signal.SIGKILL):  # all at one moment: none sees another's end
             for pid in (daemon.pid, *steps):
                 _kill(pid, number)
