@@ -353,7 +353,10 @@ async def _awaited(awaitable: Any) -> Any:
 def _stage(frame: wire.Frame) -> None:
     """Stage what a coming call will need. Its errors are that call's to report."""
     try:
-        for reference in pickling.loads(frame.body, frame.buffers)[1]:
-            reference.prepare()
+        references = pickling.loads(frame.body, frame.buffers)[1]
+        if references:
+            from .data import ahead
+
+            ahead.stage(references)
     except Exception:
         pass

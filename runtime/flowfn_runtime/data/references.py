@@ -204,7 +204,12 @@ class _Readable(Reference):
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Stage the data, so that the function finds it in place."""
+        """Stage the data, so that the function finds it in place, unless that was done ahead."""
+        from . import ahead
+
+        with self._lock:
+            if self._staged is None:
+                self._staged = ahead.take(self)
         _ = self.path
 
     def finish(self, ok: bool) -> None:

@@ -27,6 +27,7 @@ class Staged:
 
     path: str
     release: Callable[[], None] | None = None
+    lease_fd: int | None = None  # what keeps it in the cache; None for what is not there
 
     def close(self) -> None:
         """Let the cache drop it when it needs the room. Safe to call twice."""
@@ -66,7 +67,7 @@ def _cached_file(url: str, options: Options, check: Check) -> Staged:
         raise _is_directory(url)
     check(access.info_of(url, listing.objects[0]))
     snapshot = Cache().stage(source, listing=listing)
-    return Staged(snapshot.path, snapshot.close)
+    return Staged(snapshot.path, snapshot.close, snapshot.lease_fd)
 
 
 def _is_directory(url: str) -> DataError:
@@ -93,7 +94,7 @@ def directory(url: str, options: Options, *, check: Check) -> Staged:
         listing = source.listing()
         check(_summary(listing))
         snapshot = Cache().stage(source, listing=listing)
-        return Staged(snapshot.path, snapshot.close)
+        return Staged(snapshot.path, snapshot.close, snapshot.lease_fd)
 
 
 def _prefix(url: str) -> str:

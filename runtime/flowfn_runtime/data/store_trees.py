@@ -86,8 +86,9 @@ def _put_local(path: str, base: str, manifest: bytes) -> None:
         try:
             os.rename(temporary, base)
         except OSError:
-            if not _complete(base):
-                raise
+            if not _complete(base):  # somebody took the manifest away, not another upload that was faster
+                shutil.rmtree(base)
+                os.rename(temporary, base)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
