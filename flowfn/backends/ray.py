@@ -290,7 +290,10 @@ class RayBackend(Backend):
                 options = {**options, "scheduling_strategy": _on(lodged)}
             return self._relay(spec, need, dict(options), order, packed)
         except ray.exceptions.RuntimeEnvSetupError as error:
-            raise BackendUnavailable(f"Ray can't make the environment of a worker: {error}") from error
+            raise BackendUnavailable(
+                f"Ray can't make the environment of a worker: {error}",
+                hint="a container takes Podman on the nodes, and Ray in its image" if spec.image is not None else None,
+            ) from error
         except ray_connection.GONE as error:
             raise self._lost(error) from error
 

@@ -131,14 +131,37 @@ def gpus():
 
 
 assert sorted(gpus.remote().split(",")) == ["0", "1"]
-for refused in ({"gpu": "b200"}, {"gpu": "a100:4"}, {"cpu": 64}, {"image": "debian:12"}):
+for refused in (
+    {"gpu": "b200"},
+    {"gpu": "a100:4"},
+    {"cpu": 64},
+    {"memory": "64TiB"},
+    {"image": "debian:12"},  # there is no Podman, or no Ray in it
+    {"image": flow.Image.from_registry("debian:12").pip_install("numpy")},
+):
     try:
         where.options(**refused).remote()
-    except flow.BackendError as error:
+    except flow.FlowError as error:
         print("refused:", str(error).splitlines()[0])
     else:
         raise AssertionError(f"{refused} was not refused")
 print("ok resources")
+
+version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+@flow.function(backend="ray", image=flow.Image.python(version).run("echo made > $VIRTUAL_ENV/mark").env(OF="image"))
+def prefix():
+    return sys.prefix, open(f"{sys.prefix}/mark").read(), os.environ["OF"]
+
+
+made, mark, of = prefix.remote()
+assert made != sys.prefix and mark.split() == ["made"] and of == "image", (made, mark, of)
+print("ok image")
+
+# Raw Ray beside it goes on, and can't be disturbed by what workers do.
+assert ray.get(ray.remote(lambda n: abs(n)).remote(-1)) == 1
+print("ok beside Ray")
 flow.shutdown()
 deadline = time.monotonic() + 30
 while "flowfn_runtime.host" in (left := subprocess.run(["ps", "axo", "args="], capture_output=True, text=True).stdout):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import engines
 import pytest
@@ -10,7 +11,7 @@ import ray_cluster
 from ray_cluster import RayCluster
 
 import flowfn as flow
-from flowfn.testing import BackendContract
+from flowfn.testing import BackendContract, Exceptions, Identity, Logs, LostWorkers, Maps, Values
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +27,27 @@ def cluster() -> Iterator[RayCluster]:
             made.remove()
 
 
+def connected(cluster: RayCluster, **options: Any) -> Iterator[flow.Backend]:
+    import ray
+
+    from flowfn.backends.ray import RayBackend
+
+    # As of a user who uses Ray as well. And Ray keeps a descriptor open of every time that it is connected to.
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    backend = RayBackend(**cluster.options(**options))
+    yield backend
+    flow.shutdown()
+    backend.close()
+    ray.shutdown()
+
+
 class TestRay(BackendContract):
     unsupported = {"commands", "nodes", "ports", "tasks"}
-    direct = True
 
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls, cluster: RayCluster) -> Iterator[flow.Backend]:
-        import ray
-
-        from flowfn.backends.ray import RayBackend
-
-        # As of a user who uses Ray as well. And Ray keeps a descriptor open of every time that it is connected to.
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        backend = RayBackend(**cluster.options(direct=cls.direct))
-        yield backend
-        flow.shutdown()
-        backend.close()
-        ray.shutdown()
+        yield from connected(cluster)
 
     @pytest.fixture(autouse=True)
     def _cluster(self, cluster: RayCluster) -> None:
@@ -54,7 +58,10 @@ class TestRay(BackendContract):
         return super().left_over() - own
 
 
-class TestRelayed(TestRay):
-    """As from a machine from which only Ray's own ways lead to the nodes."""
+class TestRelayed(LostWorkers, Maps, Logs, Exceptions, Values, Identity):
+    """As from a machine from which only Ray's own ways lead to the nodes: what travels, and what ends."""
 
-    direct = False
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, cluster: RayCluster) -> Iterator[flow.Backend]:
+        yield from connected(cluster, direct=False)
