@@ -3,12 +3,16 @@
     python benchmarks/data.py                        every case, three rounds
     python benchmarks/data.py --cases one many       some of them
     python benchmarks/data.py --scale 0.1            a tenth of the objects
+    python benchmarks/data.py --cases overlap        the next call's data while the present one computes
 
 A real S3 server (`rclone serve s3`) on loopback holds the objects in a directory; every round asks every peer, each in
 a process of its own with an empty destination. One JSON line for each case, peer and metric: the median over the
 rounds, and `ratio`, how many times flowfn's it is (above 1, flowfn is ahead). Libraries are timed from the first
 request to the last file; command-line tools as a whole. CPU seconds are of the whole process with its children (not
 the server's), memory is the largest process's. flowfn verifies every MD5 that the server lists; its peers do not.
+
+`overlap` is a map over references on one worker, whose calls compute for as long as staging takes: `alone_s` is the
+longer of the two by itself, `both_s` the map, and `start_ms` how long a call whose data was staged ahead waits for it.
 
 On loopback the server is the limit and shares the processor with its client. `server` is that limit: the same requests,
 with all that comes thrown away.
@@ -29,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +51,7 @@ CASES = {
     "some": (2_000, 100 << 10, True),
     "large": (100, 16 * MEBI, False),
 }
+OVERLAP = "overlap"
 
 
 def environment_of(endpoint: str) -> dict[str, str]:
@@ -268,6 +274,66 @@ def tools(action: str, prefix: str, path: str) -> dict[str, list[str]]:
     return {name: [shutil.which(line[0], path=beside) or line[0], *line[1:]] for name, line in found.items()}
 
 
+# -- a map over references ---------------------------------------------------------------------------------------------
+
+
+def compute(file: object, seconds: float, kind: str) -> tuple[float, float]:
+    """Use `seconds`, in Python or where Python lets others run; when that began and ended."""
+    import hashlib
+
+    began, end = time.time(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if kind == "python":
+            sum(range(1000))
+        else:
+            hashlib.sha256(bytes(MEBI)).digest()
+    return began, time.time()
+
+
+def overlap(urls: Sequence[str], kind: str) -> dict[str, float]:
+    """Staging alone, computing alone for as long, and both; run with an empty cache in FLOW_CACHE."""
+    import flowfn as flow
+
+    def run(files: Sequence[object], seconds: float) -> tuple[float, list[float]]:
+        shutil.rmtree(os.environ["FLOW_CACHE"], ignore_errors=True)
+        function = flow.function(max_workers=1)(compute)
+        function.remote(None, 0.0, kind)  # the worker is there
+        started = time.perf_counter()
+        spans = list(function.starmap([(file, seconds, kind) for file in files]))
+        seconds = time.perf_counter() - started
+        flow.shutdown()
+        return seconds, [after[0] - before[1] for before, after in pairwise(spans)]
+
+    nothing = [None] * len(urls)
+    staging, _ = run([flow.File(url) for url in urls], 0.0)
+    computing, _ = run(nothing, staging / len(urls))
+    both, gaps = run([flow.File(url) for url in urls], staging / len(urls))
+    return {"alone_s": max(staging, computing), "both_s": both, "start_ms": 1000 * sorted(gaps)[len(gaps) // 2]}
+
+
+def run_overlap(root: Path, work: Path, env: dict[str, str], args: argparse.Namespace, results: Results) -> None:
+    count = max(10, int(60 * args.scale))
+    folder = root / BUCKET / OVERLAP
+    folder.mkdir(parents=True)
+    for index in range(count):
+        (folder / f"{index:05}.bin").write_bytes(random.Random(index).randbytes(16 * MEBI))
+    env = {**env, "FLOW_CACHE": str(work / "cache"), "FLOW_HOME": str(work / "home")}
+    for _ in range(args.rounds):
+        for kind in ("python", "native"):
+            command = [sys.executable, __file__, "--peer", "overlap", kind, str(count), "-"]
+            output = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+            for metric, value in json.loads(output.splitlines()[-1]).items():
+                unit = metric.rpartition("_")[2]
+                results.add(f"overlap, computing in {kind} code", "flowfn", metric, unit, value)
+    for kind in ("python", "native"):
+        name = f"overlap, computing in {kind} code"
+        results.print_case(name)
+        alone, both = results.get(name, "flowfn", "alone_s"), results.get(name, "flowfn", "both_s")
+        assert alone and both
+        results.print_target(f"{name}: both against the longer alone", both / alone, 1.15, at_least=False)
+    shutil.rmtree(root / BUCKET)
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -391,10 +457,14 @@ def serve(root: Path, *, md5: bool) -> tuple[subprocess.Popen[str], str]:
 def main() -> None:
     if sys.argv[1:2] == ["--peer"]:
         action, name, prefix, path = sys.argv[2:]
+        if action == OVERLAP:
+            urls = [f"s3://{BUCKET}/{OVERLAP}/{index:05}.bin" for index in range(int(prefix))]
+            print(json.dumps(overlap(urls, name)))
+            return
         print(f"WALL {LIBRARIES['put' if action == 'put' else 'get'][name](prefix, path):.4f}")
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, OVERLAP], default=[*CASES, OVERLAP])
     parser.add_argument("--actions", nargs="+", choices=["get", "sync", "put"], default=["get", "sync", "put"])
     parser.add_argument("--peers", nargs="+", help="only these (default: all that are installed)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -406,9 +476,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.server_dir) as root, tempfile.TemporaryDirectory(dir=args.dest) as work:
         for case in args.cases:
             # A fresh server for each case: it remembers directories for minutes.
-            server, endpoint = serve(Path(root), md5=CASES[case][2])
+            server, endpoint = serve(Path(root), md5=case != OVERLAP and CASES[case][2])
             try:
-                run_case(case, Path(root), Path(work), environment_of(endpoint), args, results)
+                if case == OVERLAP:
+                    run_overlap(Path(root), Path(work), environment_of(endpoint), args, results)
+                else:
+                    run_case(case, Path(root), Path(work), environment_of(endpoint), args, results)
             finally:
                 server.kill()
                 server.wait()
