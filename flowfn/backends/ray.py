@@ -282,13 +282,14 @@ class RayBackend(Backend):
                 "environ": {"FLOW_CACHE": self._cache} if self._cache else {},
                 "drop": [] if spec.cpu else ["OMP_NUM_THREADS"],  # Ray sets it by what a task asks for
             }
-            packed = [self._runtime()]
             if self._direct and not (self._far and not self._near):
-                lodged = self._lodge(spec, need, options, order, packed)
-                if not isinstance(lodged, str):
+                lodged = self._lodge(spec, need, options, order, [])
+                if lodged == {"lacks": order["digest"]}:  # most nodes have it: it is packed when one does not
+                    lodged = self._lodge(spec, need, options, order, [self._runtime()])
+                if not isinstance(lodged, dict):
                     return lodged
-                options = {**options, "scheduling_strategy": _on(lodged)}
-            return self._relay(spec, need, dict(options), order, packed)
+                options = {**options, "scheduling_strategy": _on(lodged["node"])}
+            return self._relay(spec, need, dict(options), order, [self._runtime()])
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise BackendUnavailable(
                 f"Ray can't make the environment of a worker: {error}",
@@ -307,8 +308,8 @@ class RayBackend(Backend):
 
     def _lodge(
         self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], order: dict[str, Any], packed: Any
-    ) -> ray_connection.RayConnection | str:
-        """A worker that was handed in at the door, or the node that can't reach that."""
+    ) -> ray_connection.RayConnection | dict[str, Any]:
+        """A worker that was handed in at the door, or why not: see `ray_lease.lodge`."""
         with self._lock:
             if self._door is None:
                 self._door = ray_connection.Door()
@@ -333,8 +334,9 @@ class RayBackend(Backend):
             self._keep(connection)
             return connection
         if lease.answer:
-            self._far.add(lease.answer["node"])
-            return str(lease.answer["node"])
+            if "node" in lease.answer:
+                self._far.add(lease.answer["node"])
+            return lease.answer
         if lease.error is not None and not lease.given_up:
             raise lease.error
         raise BackendUnavailable("the ray backend was shut down while a worker started")

@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
 
 def runtime(order: Mapping[str, Any], packed: Sequence[Any]) -> str:
-    """The directory of flowfn's runtime on this node, unpacked there unless it was before."""
+    """The directory of flowfn's runtime on this node, unpacked there unless it was before. "": it takes `packed`."""
     import io
     import shutil
     import tempfile
@@ -55,6 +55,8 @@ def runtime(order: Mapping[str, Any], packed: Sequence[Any]) -> str:
     cache = cache or (os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) + "/flowfn"
     place = os.path.join(os.path.abspath(os.path.expanduser(cache)), "runtime", order["digest"])
     if not os.path.isdir(place):
+        if not packed:
+            return ""
         os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
         new = tempfile.mkdtemp(dir=os.path.dirname(place))
         try:
@@ -112,7 +114,8 @@ def end(program: Program) -> None:
 def lodge(order: Mapping[str, Any], packed: Sequence[Any]) -> dict[str, Any] | None:
     """Start a worker's program, hand its stream in at the client's door, and stay until it ends.
 
-    If the door can't be reached from here: the name of this node, and nothing was started.
+    Where nothing was started it says why: the door can't be reached from this node ("node"), or the node has no runtime
+    ("lacks") and none came along.
     """
     door = socket.socket(socket.AF_UNIX)
     try:
@@ -121,7 +124,10 @@ def lodge(order: Mapping[str, Any], packed: Sequence[Any]) -> dict[str, Any] | N
         door.close()
         return {"node": ray.get_runtime_context().get_node_id()}
     with door:
-        program = begin(order, runtime(order, packed))
+        place = runtime(order, packed)
+        if not place:
+            return {"lacks": order["digest"]}
+        program = begin(order, place)
         try:
             words = json.dumps({**program.said, "token": order["token"]}).encode()
             ends = [program.stream.fileno(), program.side.fileno(), program.stderr]
