@@ -343,6 +343,7 @@ def test_after_a_crash_of_the_machine_what_is_short_is_made_again(s3: S3) -> Non
     write_file(os.path.join(folder, "meta.json"), json.dumps(meta | {"boot": "before"}).encode())
     with stage(s3, "set") as whole:
         assert whole.fetched_bytes == 0
+    os.chmod(os.path.join(snapshot.path, "a"), 0o600)
     os.truncate(os.path.join(snapshot.path, "a"), 50)
     write_file(os.path.join(folder, "meta.json"), json.dumps(meta | {"boot": "before"}).encode())
     with stage(s3, "set") as mended:
