@@ -240,7 +240,7 @@ class RayStream:
                 return
             kept, self._kept = self._kept, []
             try:
-                self._actor.feed.remote(kept, *map(ray_lease.out_of_band, buffers))
+                self._actor.feed.remote(kept, list(map(ray_lease.out_of_band, buffers)))
             except GONE as error:
                 raise EOFError(summary(error)) from None
 

@@ -186,7 +186,7 @@ class Relay:
         return self._program.said
 
     @ray.method(concurrency_group="inward")
-    def feed(self, frames: list[tuple[tuple[int, int, int, int, bytes], bytes, int]], *buffers: Any) -> None:
+    def feed(self, frames: list[tuple[tuple[int, int, int, int, bytes], bytes, int]], buffers: list[Any]) -> None:
         """Frames for the worker: the head of each, its body, and how many of the buffers are its own."""
         from flowfn_runtime import shm, wire
 
