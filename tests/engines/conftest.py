@@ -2,12 +2,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import docker_daemon
 import engines
+import podman
 import pytest
 import slurm_cluster as slurm
 import sshd
+from docker_daemon import Docker
 from slurm_cluster import SlurmCluster
 from sshd import Sshd
+
+import flowfn as flow
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +52,17 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
             yield cluster.start()
         finally:
             cluster.remove()
+
+
+@pytest.fixture(scope="module")
+def docker() -> Iterator[Docker]:
+    """A Docker of its own, which has the tests' base image."""
+    engines.need(docker_daemon.why_not())
+    podman.ready()
+    daemon = Docker()
+    try:
+        daemon.start().load(podman.BASE)
+        yield daemon
+    finally:
+        flow.shutdown()
+        daemon.remove()
