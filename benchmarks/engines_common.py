@@ -1,0 +1,196 @@
+"""The cases that every engine is measured in, flowfn beside the engine by hand.
+
+By hand a program is run through the engine for each piece of work (`ssh host python -c ...`), which is what people do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import HERE, Results, in_turn, wall_s
+
+MAP_CALLS = 10_000
+PART = 40  # calls of a map that are made by hand, one process each; the whole is counted as so many times as much
+PAYLOAD_MIB = 256
+OBJECTS, OBJECT_BYTES = 1000, 16 << 10
+WARM_CALLS = 200
+WORKERS = 4  # at a time, of every peer
+
+By = Callable[[str, "bytes | None"], object]  # runs a Python program through the engine, with this on standard input
+ONE = "print(abs(-1))"
+BACK = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"  # a value, whole, as a function has it
+# As one writes it: a client a thread, and 16 of them.
+FETCH = """
+import concurrent.futures, os, tempfile, boto3
+s3 = boto3.client("s3", endpoint_url={endpoint!r}, aws_access_key_id={key!r}, aws_secret_access_key={secret!r},
+                  region_name="us-east-1")
+pages = s3.get_paginator("list_objects_v2").paginate(Bucket={bucket!r}, Prefix={prefix!r})
+keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+with tempfile.TemporaryDirectory() as place, concurrent.futures.ThreadPoolExecutor(16) as threads:
+    list(threads.map(lambda key: s3.download_file({bucket!r}, key, f"{{place}}/{{os.path.basename(key)}}"), keys))
+    assert len(os.listdir(place)) == {count}
+"""
+
+
+@dataclass
+class Engine:
+    """An engine that runs, and how each peer uses it."""
+
+    name: str
+    backend: Any  # flowfn's
+    first: str  # a whole program with one result of flowfn's
+    by_hand: Mapping[str, By]  # peers
+    more: Mapping[str, Callable[[str], float]] = field(default_factory=dict)  # peers that measure themselves, by case
+    fetches: bool = True  # whether programs run by hand have boto3
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def magnitude(number: int) -> int:
+    """What every peer calls."""
+    return abs(number)
+
+
+def measure(results: Results, rounds: int, engine: Engine) -> None:
+    """All cases."""
+    import flowfn as flow
+
+    def case(what: str, ours: Callable[[], float], theirs: Callable[[By], float], *, own: str = "") -> None:
+        title = f"{engine.name} {what}"
+
+        def add(peer: str, measured: Callable[[], float]) -> Callable[[], None]:
+            return lambda: results.add(title, peer, "s", "s", measured())
+
+        actions = {"flowfn": add("flowfn", ours)}
+        for peer, by in engine.by_hand.items():
+            actions[peer] = add(peer, lambda by=by: theirs(by))  # type: ignore[misc]
+        if own:
+            actions |= {peer: add(peer, lambda run=run: run(own)) for peer, run in engine.more.items()}  # type: ignore[misc]
+        for peer, error in in_turn(rounds, actions):
+            results.left_out(title, peer, str(error))
+        results.print_case(title)
+
+    once = lambda by: seconds(lambda: by(ONE, None))  # noqa: E731
+    wall_s([sys.executable, "-c", engine.first])  # what is kept on the other side is there, as on every day but the first
+    case("first result", lambda: wall_s([sys.executable, "-c", engine.first])[0], once, own="first")
+
+    function = flow.function(backend=engine.backend, max_workers=WORKERS)(magnitude)
+    function.remote(-1)
+    warm = lambda: seconds(lambda: [function.remote(-1) for _ in range(WARM_CALLS)]) / WARM_CALLS  # noqa: E731
+    case("warm call", warm, once, own="warm")
+
+    def several(by: By) -> float:
+        with ThreadPoolExecutor(WORKERS) as threads:
+            return seconds(lambda: list(threads.map(lambda _: by(ONE, None), range(PART)))) * MAP_CALLS / PART
+
+    case(f"map of {MAP_CALLS} calls", lambda: seconds(lambda: list(function.map(range(MAP_CALLS)))), several, own="map")
+
+    data = os.urandom(1 << 20) * PAYLOAD_MIB
+    same = flow.function(backend=engine.backend)(lambda value: value)
+    same.remote(b"")
+    case(
+        f"{PAYLOAD_MIB} MiB there and back",
+        lambda: seconds(lambda: same.remote(data)),
+        lambda by: seconds(lambda: by(BACK, data)),
+    )
+    flow.shutdown()
+    with objects() as source:
+
+        def staged() -> float:
+            url, environ = source.fresh()
+            count = flow.function(backend=engine.backend, mounts={"/objects": url}, env=environ)(
+                lambda: len(os.listdir("/objects"))
+            )
+            took = seconds(lambda: results_are(count.remote(), OBJECTS))
+            flow.shutdown()
+            return took
+
+        fetch = lambda by: seconds(lambda: by(source.program(), None))  # noqa: E731
+        if not engine.fetches:
+            engine.by_hand = {}
+        case(f"{OBJECTS} objects staged", staged, fetch)
+    flow.shutdown()
+    targets(results, engine)
+
+
+def results_are(found: object, wanted: object) -> None:
+    if found != wanted:
+        raise AssertionError(f"{found!r} in place of {wanted!r}")
+
+
+def targets(results: Results, engine: Engine) -> None:
+    """No slower than by hand anywhere, but for the start of an interpreter and of a library in a first result."""
+    limits = {
+        "first result": 0.8,
+        "warm call": 20.0,
+        f"map of {MAP_CALLS} calls": 20.0,
+        f"{PAYLOAD_MIB} MiB there and back": 0.9,
+        f"{OBJECTS} objects staged": 1.0,
+    }
+    for what, limit in limits.items():
+        of = f"{engine.name} {what}"
+        ours, theirs = results.get(of, "flowfn", "s"), results.best(of, [*engine.by_hand, *engine.more], "s")
+        ratio = theirs / ours if ours and theirs else None
+        results.print_target(f"{of}: the best by hand, times as long", ratio, limit, at_least=True)
+
+
+class Source:
+    """Objects in an S3 server on loopback."""
+
+    def __init__(self, root: Path, endpoint: str, key: str, secret: str) -> None:
+        self._root, self._endpoint, self._key, self._secret = root, endpoint, key, secret
+        self._count = 0
+
+    def _make(self) -> str:
+        self._count += 1
+        folder = self._root / "bench" / f"set-{self._count}"
+        folder.mkdir(parents=True)
+        for number in range(OBJECTS):
+            (folder / f"{number}.bin").write_bytes(os.urandom(OBJECT_BYTES))
+        return folder.name
+
+    def fresh(self) -> tuple[str, dict[str, str]]:
+        """A prefix that nobody has staged yet, and the environment to get at it."""
+        environ = {"AWS_ACCESS_KEY_ID": self._key, "AWS_SECRET_ACCESS_KEY": self._secret}
+        environ |= {"AWS_ENDPOINT_URL_S3": self._endpoint, "AWS_REGION": "us-east-1"}
+        return f"s3://bench/{self._make()}", environ
+
+    def program(self) -> str:
+        """The same by hand."""
+        return FETCH.format(
+            endpoint=self._endpoint,
+            key=self._key,
+            secret=self._secret,
+            bucket="bench",
+            prefix=self._make() + "/",
+            count=OBJECTS,
+        )
+
+
+@contextmanager
+def objects() -> Iterator[Source]:
+    """An S3 server on loopback."""
+    import tempfile
+
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from s3 import KEY, SECRET, S3Server  # type: ignore[import-not-found,unused-ignore]
+
+    with tempfile.TemporaryDirectory(prefix="bench-s3-") as place:
+        server = S3Server(Path(place)).start()
+        try:
+            yield Source(Path(place), f"http://127.0.0.1:{server.port}", KEY, SECRET)
+        finally:
+            server.kill()

@@ -1,0 +1,59 @@
+"""SSH: a login for each call by hand, with and without a connection that is shared (ControlMaster)."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import HERE, PeerMissing, Results
+from engines_common import By, Engine, measure
+
+
+def ssh(results: Results, rounds: int) -> None:
+    """All cases, against sshd on loopback."""
+    sys.path.insert(0, str(HERE.parent / "tests" / "engines"))
+    import sshd  # type: ignore[import-not-found,unused-ignore]
+
+    if reason := sshd.why_not():
+        raise PeerMissing(reason)
+    server = sshd.Sshd().start()
+    here = os.getcwd()
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-ssh-", dir="/tmp") as place:
+            os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache")
+            os.chdir(place)
+            _ssh(results, rounds, server.url, str(server.config), server.python("boto3"), Path(place))
+    finally:
+        os.chdir(here)
+        server.remove()
+
+
+def _ssh(results: Results, rounds: int, url: str, config: str, python: str, place: Path) -> None:
+    from flowfn.backends.ssh import SshBackend
+
+    shared = ["-o", "ControlMaster=auto", "-o", f"ControlPath={place}/ctl", "-o", "ControlPersist=60"]
+
+    def by(options: list[str]) -> By:
+        def run(program: str, data: bytes | None) -> None:
+            argv = ["ssh", "-F", config, *options, url, f"{python} -c {shlex.quote(program)}"]
+            subprocess.run(argv, input=data, capture_output=True, check=True)
+
+        return run
+
+    # A program with one result: the interpreter and the library start here, and a worker there.
+    made = f"SshBackend({url!r}, config={config!r}, python={python!r})"
+    first = (
+        "import flowfn as flow; from flowfn.backends.ssh import SshBackend\n"
+        f"assert flow.function(backend={made})(abs).remote(-1) == 1"
+    )
+    backend = SshBackend(url, config=config, python=python)
+    try:
+        # A shared connection has to be there before it can be used; its first result is a login, as without.
+        measure(results, rounds, Engine("ssh", backend, first, {"ssh": by([]), "ssh shared": by(shared)}))
+    finally:
+        subprocess.run(["ssh", "-F", config, *shared, "-O", "exit", url], capture_output=True)
+        backend.close()
