@@ -7,7 +7,8 @@ process that inherited it dies, however it dies. So a killed task can't leave a 
 Two kinds of lock: functions, and tasks on `file` volumes, share one; a task on a `block` volume has it to itself.
 
 With `FLOW_VOLUMES=s3://bucket/prefix` the registry and the data are in the bucket (volume_bucket); the directory is a
-working copy (volume_sync): fetched when the first user on this host attaches, written back when the last is gone.
+working copy (volume_sync): fetched when the first user on this host attaches, written back when a call or task ends
+(volume_commit), and when the last user is gone (volume_keeper).
 """
 
 from __future__ import annotations
