@@ -6,7 +6,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from flowfn_runtime import proctree, taskdir
+from flowfn_runtime import limits, proctree, taskdir
 from flowfn_runtime.errors import BackendUnavailable, TaskError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _namespace_init(task_id: str, node: int) -> int:
             supervisor = int(file.read())
     except (FileNotFoundError, ValueError):
         supervisor = 0
-    inits = [pid for pid in proctree.descendants(supervisor) if supervisor and proctree.is_namespace_init(pid)]
+    inits = [pid for pid in limits.descendants(supervisor) if supervisor and proctree.is_namespace_init(pid)]
     for pid in inits:
         if _environment(pid).get("FLOW_NODE_RANK") == str(node):
             return pid
@@ -51,7 +51,7 @@ def _namespace_init(task_id: str, node: int) -> int:
 
 
 def _first_child(pid: int) -> int:
-    return next(iter(proctree.descendants(pid)), pid)
+    return next(iter(limits.descendants(pid)), pid)
 
 
 def _environment(pid: int) -> dict[str, str]:

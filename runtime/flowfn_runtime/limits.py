@@ -222,7 +222,7 @@ def kill_orphans(keep: Collection[int] = ()) -> None:
     """
     stuck: set[int] = set()
     while True:
-        orphans = [pid for pid in _children(os.getpid()) if pid not in keep and pid not in stuck]
+        orphans = [pid for pid in children_of(os.getpid()) if pid not in keep and pid not in stuck]
         if not orphans:
             return
         for pid in orphans:
@@ -252,7 +252,8 @@ def kill_marked(mark: str) -> None:
             _await_end(pid)
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """The children of a process."""
     if _kernel_lists_children():
         return _listed_children(pid)
     everyone = (int(name) for name in os.listdir("/proc") if name.isdigit())

@@ -12,9 +12,9 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-_PR_SET_CHILD_SUBREAPER = 36
+from . import limits
 
 
 class Wakeup:
@@ -116,13 +116,6 @@ def guard_marked(mark: str) -> Guard:
     return Guard(_GUARD, mark)
 
 
-def become_subreaper() -> None:
-    """Adopt whatever this process's descendants orphan."""
-    import ctypes
-
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def start(argv: list[str], env: Mapping[str, str], *, stdin: int, stdout: int, stderr: int) -> int:
     """Start a program from this thread (which must live as long as the program may); return its process id.
 
@@ -149,7 +142,7 @@ def reap() -> dict[int, int]:
 
 def reap_all(others: set[int]) -> None:
     """Wait until no child, own or adopted, is left but `others`."""
-    while left := [pid for pid in children() if pid not in others]:
+    while left := [pid for pid in limits.children_of(os.getpid()) if pid not in others]:
         for pid in left:
             try:
                 os.waitpid(pid, 0)
@@ -157,41 +150,9 @@ def reap_all(others: set[int]) -> None:
                 pass
 
 
-def children() -> list[int]:
-    """The children of this process."""
-    me = os.getpid()
-    return [pid for pid, parent in _parents() if parent == me]
-
-
-def _parents() -> Iterator[tuple[int, int]]:
-    """Every process of the host, and its parent."""
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    # pid (command, which may hold anything) state ppid ...
-                    yield int(name), int(file.read().rpartition(b")")[2].split()[1])
-            except (OSError, IndexError, ValueError):
-                continue
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes below `pid`, parents before their children."""
-    below: dict[int, list[int]] = {}
-    for process, parent in _parents():
-        below.setdefault(parent, []).append(process)
-    found: list[int] = []
-    pending = [pid]
-    while pending:
-        more = below.get(pending.pop(), [])
-        found.extend(more)
-        pending.extend(more)
-    return found
-
-
 def signal_tree(pid: int, number: int, *, skip: Callable[[int], bool]) -> None:
     """Send a signal to every process below `pid` but those that `skip` names."""
-    for process in descendants(pid):
+    for process in limits.descendants(pid):
         if not skip(process):
             send(process, number)
 

@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from . import proctree, taskdir
+from . import limits, proctree, taskdir
 from .errors import FlowError
 from .proctree import Wakeup
 
@@ -137,8 +137,11 @@ class Supervisor:
         assert nodes is not None
         self._attempts += 1
         self._started_at = self._started_at or time.time()
-        proctree.become_subreaper()
-        others = set(proctree.children())  # what the staging left running, such as the server of a lazy mount
+        limits.set_subreaper()
+        # What the staging left running, such as the server of a lazy mount.
+        others = set(limits.children_of(os.getpid()))
+            limits.children_of(os.getpid())
+        )  # what the staging left running, such as the server of a lazy mount
         if nodes.guard is not None and self._attempts > 1:
             nodes.guard.remove()
         pids = nodes.start()
@@ -151,8 +154,6 @@ class Supervisor:
             _say(str(error))  # the task runs all the same
         ended = self._watch(pids, None if not longest else time.monotonic() + longest)
         if self._plain:
-            from . import limits
-
             limits.kill_orphans(others)
         proctree.reap_all(others)
         limit = self.spec["memory_bytes"]
@@ -275,8 +276,6 @@ class _Memory:
 
     def check(self, pids: set[int]) -> Ended | None:
         """How the task ends, if it is over its limit. Its processes are killed: they would only take more."""
-        from . import limits
-
         started = time.monotonic()
         used = sum(limits.tree_memory(pid, limit=self._limit) for pid in pids)
         self._peak = max(self._peak, used)

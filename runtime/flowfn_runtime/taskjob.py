@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import proctree, taskdb, taskdir, taskstart
+from . import limits, taskdb, taskdir, taskstart
 from .errors import FlowError
 from .supervisor import Ended, Supervisor
 from .tasknode import Nodes
@@ -178,7 +178,7 @@ class Rank(Nodes):
 
 def _rank(directory: str, plan: dict[str, Any]) -> int:
     """One node of several: get ready, run the command, and end as it does."""
-    proctree.become_subreaper()
+    limits.set_subreaper()
     try:
         spec = taskstart.complete({**plan, "depends_on": []})
         watcher = Supervisor(directory, -1, {**spec, "after": []}, terminal=True)

@@ -229,7 +229,7 @@ else:
     os.kill(victim.pid, 9)
 victim.wait()
 limits.kill_orphans(keep=[keep.pid])
-print(limits.describe_exit(victim.returncode), limits._children(os.getpid()) == [keep.pid], keep.poll(), flush=True)
+print(limits.describe_exit(victim.returncode), limits.children_of(os.getpid()) == [keep.pid], keep.poll(), flush=True)
 keep.kill()
 """
 

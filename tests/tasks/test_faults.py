@@ -17,7 +17,7 @@ import pytest
 
 from flowfn.client import Flow
 from flowfn.task import Task
-from flowfn_runtime import proctree, taskdb, taskdir, tasksql
+from flowfn_runtime import limits, taskdb, taskdir, tasksql
 from flowfn_runtime.data import volumes
 from flowfn_runtime.errors import NameConflict, TaskError, TaskFailed, TaskNotFound, ValidationError
 
@@ -49,7 +49,7 @@ def gone(pid: int) -> None:
 def kill_supervisor(task: Task) -> list[int]:
     """kill -9; returns the processes that were below it, which are gone as well then."""
     pid = supervisor_of(task)
-    below = proctree.descendants(pid)
+    below = limits.descendants(pid)
     os.kill(pid, signal.SIGKILL)
     gone(pid)
     for other in below:
@@ -186,7 +186,7 @@ def test_cancelling_ends_the_whole_tree(project: Path, client: Flow) -> None:
     )
     task = client.submit("python polite.py")
     assert first_line(task) == "up"
-    below = proctree.descendants(supervisor_of(task))
+    below = limits.descendants(supervisor_of(task))
     task.cancel("no longer needed").wait(30)
     assert (task.status, task.reason) == ("cancelled", "no longer needed")
     assert task.logs() == "up\nsaved\n"
@@ -199,7 +199,7 @@ def test_cancelling_ends_what_ignores_it(project: Path, client: Flow, monkeypatc
     (project / "stubborn.py").write_text(STUBBORN)
     task = client.submit("python stubborn.py")
     assert first_line(task) == "up"
-    below = proctree.descendants(supervisor_of(task))
+    below = limits.descendants(supervisor_of(task))
     assert task.cancel().wait(30).status == "cancelled"
     for pid in below:
         gone(pid)
@@ -374,11 +374,11 @@ def test_a_read_only_home(small_disk: Path, project: Path) -> None:
 
 def test_a_task_a_second_costs_the_client_nothing(client: Flow) -> None:
     client.submit("true").wait(30)
-    before = len(os.listdir("/proc/self/fd")), proctree.descendants(os.getpid())
+    before = len(os.listdir("/proc/self/fd")), limits.descendants(os.getpid())
     for _ in range(10):
         client.submit("true").wait(30)
     # No supervisor is a child of ours, which we would have to reap.
-    assert (len(os.listdir("/proc/self/fd")), proctree.descendants(os.getpid())) == before
+    assert (len(os.listdir("/proc/self/fd")), limits.descendants(os.getpid())) == before
 
 
 def test_names(client: Flow) -> None:
