@@ -140,8 +140,6 @@ class Supervisor:
         limits.set_subreaper()
         # What the staging left running, such as the server of a lazy mount.
         others = set(limits.children_of(os.getpid()))
-            limits.children_of(os.getpid())
-        )  # what the staging left running, such as the server of a lazy mount
         if nodes.guard is not None and self._attempts > 1:
             nodes.guard.remove()
         pids = nodes.start()
