@@ -2,7 +2,7 @@
 # what flowfn itself stores lies in its home and cache ($FLOW_HOME, $FLOW_CACHE; see docs/getting-started.md).
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test docs-test lint format typecheck bench build clean distclean
+.PHONY: help quickstart test docs-test contract-table lint format typecheck bench build clean distclean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -27,6 +27,9 @@ test: $(VENV)/.have-test ## Install the test extra and run every test that this 
 
 docs-test: $(VENV)/.have-test ## Run the code blocks of README and docs, and the docstrings' examples
 	@$(PY) -m pytest tests/docs $(ARGS)
+
+contract-table: $(VENV)/.have-test ## Run the contract on every engine, and write docs/backends.md's table of its cases
+	@$(PY) scripts/contract_table.py $(ARGS)
 
 lint: $(VENV)/.have-test ## Check style and formatting
 	@$(BIN)/ruff check .
