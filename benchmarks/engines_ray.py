@@ -34,7 +34,8 @@ def ray(results: Results, rounds: int) -> None:
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
     with tempfile.TemporaryDirectory(prefix="bench-ray-", dir="/tmp") as place:
         os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache", RAY_TMPDIR=place)
-        os.chdir(place)
+        os.mkdir(f"{place}/project")  # nothing of Ray's in it, which would be sent as the user's files
+        os.chdir(f"{place}/project")
         raw.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this file
         start(raw)
         try:
