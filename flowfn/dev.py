@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from flowfn_runtime.data.spec import DOCKER
-from flowfn_runtime.errors import FlowError
+from flowfn_runtime.errors import FlowError, ValidationError
 
 from . import config as configuration
 from .submit import run_here
@@ -18,6 +18,8 @@ DOCKER_VOLUME = "flow-dev-docker"
 
 def run_dev(command: str | None, fields: dict[str, Any], settings: configuration.Config) -> int:
     """Open a shell, or run `command`, where a task with these `TaskConfig` fields would run; returns the exit code."""
+    if fields.get("backend") not in (None, "local"):
+        raise ValidationError(f"backend={fields['backend']!r}: a development shell is on this host")
     shell = shutil.which("bash") or "/bin/sh"
     fields = {"name": "dev", **fields}
     volumes = list(fields.pop("volumes", None) or ())

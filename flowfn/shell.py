@@ -17,6 +17,8 @@ def enter(task: Task, command: str | None, node: int) -> int:
     """Run a shell, or `command`, in the namespaces of a node's sandbox, on this process's own terminal."""
     import subprocess
 
+    if task.backend != "local":
+        raise TaskError(f"task {task.name} is on {task.backend}; only tasks of this host can be entered")
     if task.status != "running":
         raise TaskError(f"task {task.name} is {task.status}; only a running one can be entered")
     nsenter = shutil.which("nsenter")

@@ -244,6 +244,8 @@ class TestCommand:
             assert following.stdout.read() == ""
         assert json.loads(flow_command("status", "long", "--json").stdout)["state"] == "cancelled"
         flow_command("wait", "long", code=1)
+        assert "only tasks of this host can be entered" in flow_command("shell", "long", code=1).stderr
+        assert "is on this host" in flow_command("dev", "--backend", "box", code=2).stderr
         assert flow_command("result", "module-triple").stdout == "42\n"
         flow_command("rm", "module-triple", "long")
         assert not any(task_id in path.name for path in (ssh_server.root / "home" / "tasks").iterdir())
