@@ -1,4 +1,4 @@
-"""What is lost and what is not when parts of a real Ray are killed, and what is left behind: nothing."""
+"""A real Ray from programs of their own: what is lost when parts of it are killed, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -216,3 +216,21 @@ def test_a_head_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Pa
 def test_no_cluster_at_the_address(clusters: Callable[..., RayCluster]) -> None:
     with pytest.raises(flow.BackendUnavailable, match="no Ray cluster"):
         flow.function(backend="ray://127.0.0.1:1")(abs).remote(-1)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
+def test_rays_client_leads_there(clusters: Callable[..., RayCluster], tmp_path: Path, direct: bool) -> None:
+    """`ray://`: a process that is no part of the cluster."""
+    cluster = clusters([{"num_cpus": 2}], client=True)
+    script = """
+    double = flow.function(backend=backend)(lambda x: 2 * x)
+    assert list(double.map(range(500))) == [2 * n for n in range(500)]
+    data = os.urandom(1 << 22)
+    assert flow.function(backend=backend)(lambda data: data).remote(data) == data
+    say("all there")
+    flow.shutdown()
+    """
+    client = Client(script, cluster, tmp_path / "client", address=None, url=cluster.url, direct=direct)
+    client.expect("all there")
+    assert client.end()[0] == 0
+    wait_until(lambda: not cluster.workers(), "workers are left")
