@@ -65,12 +65,15 @@ class SlurmConnection(stream.StreamConnection):
         if any(option.startswith("--jobid=") for option in start.options):
             clock.later(STEP_S, self._may_wait)
 
+    def _runs(self) -> bool:
+        return bool(self.node)
+
     def _may_wait(self) -> None:
         """In an allocation srun does not say that it waits for what other steps have."""
-        if not self.node and not self._ended.is_set():
+        if not self._runs() and not self._ended.is_set():
             self.waits = True
-            if self.node:
-                self.backend.runs(self)  # just now
+            if self._runs():  # since just now: another thread hears of it
+                self.backend.runs(self)
             else:
                 self.backend.somebody_waits()
 
