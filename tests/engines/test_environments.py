@@ -347,3 +347,20 @@ def test_a_python_that_uv_provides(tmp_path: Path, ssh_servers: Callable[..., Ss
     _, found, plain = run(server.url, str(server.config), "plain")
     assert found.startswith("True ") and f"{PACKAGE}=={RELEASE}" in found
     assert plain == str(tuple(map(int, version.split("."))))
+
+
+def test_the_documentation_runs_as_it_stands(host: Sshd, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
+    blocks = re.findall(r"```python no-run\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text(
+        f'[backends.box]\ntype = "ssh"\nhosts = ["{host.url}"]\nconfig = "{host.config}"\n'
+    )
+    (tmp_path / "page").mkdir()
+    # The page names the version that the client has to have.
+    (tmp_path / "page" / "page.py").write_text("\n".join(blocks).replace("3.11", VERSION))
+    environ = {**os.environ, "FLOW_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "page.py"]
+    done = subprocess.run(command, cwd=tmp_path / "page", env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().isdigit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -525,3 +526,10 @@ def test_a_network_that_is_gone_for_good(ssh_servers: Start, made: Callable[...,
     with pytest.raises((flow.WorkerLost, flow.BackendUnavailable)):
         future.result(timeout=60)
     wait_until_gone(server, also_sshd=False)
+
+
+def test_the_documentation_runs_as_it_stands(ssh_server: Sshd, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ssh.md").read_text()
+    blocks = re.findall(r"```python no-run\n(.*?)```", page, re.DOTALL)
+    said = run("\n".join(blocks), tmp_path / "page", **configured(ssh_server, tmp_path / "home"))
+    assert said.split("\n") == ["10.0", "[10.0, 5.0, 2.0]", ""]
