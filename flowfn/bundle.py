@@ -45,7 +45,6 @@ class Bundle:
             self._zip = out.getvalue()
         return self._zip
 
-
     def place(self, directory: str) -> str:
         """See that the files are in a directory of their own below this one; its path."""
         import shutil
