@@ -84,9 +84,7 @@ def measure(results: Results, rounds: int, engine: Engine) -> None:
         results.print_case(title)
 
     once = lambda by: seconds(lambda: by(ONE, None))  # noqa: E731
-    wall_s(
-        [sys.executable, "-c", engine.first]
-    )  # what is kept on the other side is there, as on every day but the first
+    wall_s([sys.executable, "-c", engine.first])  # what is kept over there is there, as on every day but the first
     case("first result", lambda: wall_s([sys.executable, "-c", engine.first])[0], once, own="first")
 
     function = flow.function(backend=engine.backend, max_workers=WORKERS)(magnitude)
