@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from flowfn.future import Future as Future
     from flowfn.image import Image as Image
     from flowfn.map import Map as Map
-    from flowfn.pool import shutdown as shutdown
+    from flowfn.pools import shutdown as shutdown
     from flowfn.references import Dir as Dir
     from flowfn.references import File as File
     from flowfn.references import Output as Output
@@ -94,7 +94,7 @@ _WHERE = {
     "flowfn.future": ["Future"],
     "flowfn.image": ["Image"],
     "flowfn.map": ["Map"],
-    "flowfn.pool": ["shutdown"],
+    "flowfn.pools": ["shutdown"],
     "flowfn.references": ["Dir", "File", "Output", "Partition", "StagedPath", "files", "partitions", "upload"],
     "flowfn.shared": ["Shared", "put"],
     "flowfn.slurm_options": ["Slurm"],

@@ -9,8 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from flowfn import pool as pools
-from flowfn import threads
+from flowfn import pools, threads
 from flowfn.backends import registry
 from flowfn.body import Body, describe
 from flowfn.call import Call

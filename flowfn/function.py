@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from flowfn import body as bodies_here
-from flowfn import pool as pools
+from flowfn import pools
 from flowfn.clock import clock
 from flowfn.shared import Shared
 from flowfn.spec import FunctionSpec

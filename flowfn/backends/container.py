@@ -328,14 +328,14 @@ class ContainerBackend(Backend):
 
     def _gpus(self, spec: FunctionSpec, held: Held, environ: dict[str, str], generation: int) -> list[str]:
         """Take the GPUs, waiting for them if need be: options of `run`."""
-        from flowfn import pool
+        from flowfn import pools
         from flowfn_runtime import gpus
 
         there = self._inventory()
         claim: Claim | None = None
         while claim is None:
             claim = gpus.claim(spec.gpu, there=there, wait=True, timeout=LOOK_S)
-            if claim is None and (self._closed != generation or not pool.wanted(self, spec)):
+            if claim is None and (self._closed != generation or not pools.wanted(self, spec)):
                 raise BackendUnavailable("all GPUs are in use, and no call waits for one any more")
         held.keep(claim.fds)
         environ |= claim.env

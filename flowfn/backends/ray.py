@@ -343,7 +343,7 @@ class RayBackend(Backend):
 
     def _wait(self, lease: ray_connection.Lease, spec: FunctionSpec, need: ray_resources.Need) -> None:
         """Until the lease is handed in, or is not to be. Raises ResourceUnavailable, or that nobody wants it."""
-        from flowfn import pool
+        from flowfn import pools
 
         begun = time.monotonic()
         told = False
@@ -354,8 +354,8 @@ class RayBackend(Backend):
             if full:
                 self._waiting.add(lease)
             if full or waited > ROOM_S:
-                pool.retire_idle(self, spec)
-            if waited > UNWANTED_S and not pool.wanted(self, spec):
+                pools.retire_idle(self, spec)
+            if waited > UNWANTED_S and not pools.wanted(self, spec):
                 raise BackendUnavailable("a worker waited for room on Ray, and no call for it any more")
             if waited > self._wait_s:
                 raise ResourceUnavailable(

@@ -185,10 +185,10 @@ class _Start:
         connection = self.connection
         assert connection is not None
         if connection.failure is not None:
-            from flowfn import pool
+            from flowfn import pools
 
             # A call may have come meanwhile.
-            self.again = isinstance(connection.failure, _Unwanted) and pool.wanted(self.backend, self.spec)
+            self.again = isinstance(connection.failure, _Unwanted) and pools.wanted(self.backend, self.spec)
             return connection.failure
         login = self.backend.queue.login
         if login is not None and (failure := login.explain(status, said)):
@@ -361,7 +361,7 @@ class SlurmBackend(Backend):
 
     def _watch(self) -> None:
         """While jobs wait: make room for them, say why they wait, and give up those that wait in vain."""
-        from flowfn import pool
+        from flowfn import pools
 
         pause = LOOK_S[0]
         while True:
@@ -372,7 +372,7 @@ class SlurmBackend(Backend):
                     self._watching = False
                     return
             waiting.sort(key=lambda one: one.begun)
-            made_room = any(pool.retire_idle(self, connection.start.spec) for connection in waiting)
+            made_room = any(pools.retire_idle(self, connection.start.spec) for connection in waiting)
             jobs = self.queue.jobs()
             for connection in waiting:
                 if connection.waits and (job := jobs.get(connection.name)):
@@ -385,7 +385,7 @@ class SlurmBackend(Backend):
                     pause = min(pause * 1.5, LOOK_S[1])
 
     def _judge(self, connection: SlurmConnection, job: slurm_queue.Job) -> None:
-        from flowfn import pool
+        from flowfn import pools
 
         if job.state != "PENDING":
             return
@@ -400,7 +400,7 @@ class SlurmBackend(Backend):
                 f"Slurm job {job.number} (asked for {connection.start.asked}) would wait for ever: {job.reason}",
                 hint=f"the cluster has: {self.there()}",
             )
-        elif waited > UNWANTED_S and not pool.wanted(self, connection.start.spec):
+        elif waited > UNWANTED_S and not pools.wanted(self, connection.start.spec):
             connection.failure = _Unwanted(f"Slurm job {job.number} waited in the queue, and no call for it any more")
         elif self.options.wait_s is not None and waited > self.options.wait_s:
             connection.failure = ResourceUnavailable(
