@@ -45,3 +45,7 @@ def test_a_link_that_is_full_is_left_alone() -> None:
 def test_never_more_threads_than_work() -> None:
     pace = Pace(10_000, now=0.0, used=0.0)
     assert pace.more(now=1.0, used=0.0, done=10, threads=8, queued=3) == 3
+
+
+def test_what_is_more_the_kernel_s_work_begins_with_more_threads() -> None:
+    assert [Pace(mean, now=0.0, used=0.0).first for mean in (4096, 100 << 10, 16 << 20)] == [1, 2, 4]
