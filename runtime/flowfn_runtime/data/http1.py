@@ -238,8 +238,7 @@ class Connection:
                     self._socket.sendall(head)
                     body.send(self._socket, plain=self.endpoint.scheme == "http")
                 elif body is not None and len(body) > _JOINED_BYTES:
-                    self._socket.sendall(head)
-                    self._socket.sendall(body)
+                    self._send_both(head, body)
                 else:
                     self._socket.sendall(head + bytes(body or b""))
                 return self._read_head(method)
@@ -249,6 +248,18 @@ class Connection:
                 if fresh or not nothing_came or isinstance(error, Unreachable):
                     raise _wire_error(error, self.endpoint) from error
                 fresh = True
+
+    def _send_both(self, head: bytes, body: memoryview | bytes) -> None:
+        """Send a head and what follows it: in one call, where the socket takes it."""
+        assert self._socket is not None
+        sent = 0
+        if self.endpoint.scheme == "http" and hasattr(self._socket, "sendmsg"):
+            sent = self._socket.sendmsg([head, body])
+        if sent < len(head):
+            self._socket.sendall(head[sent:])
+            sent = len(head)
+        if rest := memoryview(body)[sent - len(head) :]:
+            self._socket.sendall(rest)
 
     def _read_head(self, method: str) -> Response:
         buffer, end = self._buffer.obj, self._end
@@ -312,6 +323,8 @@ class Connection:
         buffer = self._buffer
         held = self._end - self._start
         take = held if length is None else min(held, length)
+        if length is not None and take < length <= BUFFER_BYTES:
+            return self._pour_once(held, length, sink)
         if take:
             sink(buffer[self._start : self._start + take])
             self._start += take
@@ -332,6 +345,21 @@ class Connection:
             sink(buffer[:count])
             done += count
         return done
+
+    def _pour_once(self, held: int, length: int, sink: Sink) -> int:
+        """What came with the head and the rest in one piece: each piece is a write, and a turn at the interpreter."""
+        buffer, sock = self._buffer, self._socket
+        assert sock is not None
+        buffer[:held] = bytes(buffer[self._start : self._end])
+        self._start = self._end = 0
+        wait_all = socket.MSG_WAITALL if self.endpoint.scheme == "http" else 0
+        while held < length:
+            count = sock.recv_into(buffer[held:length], 0, wait_all)
+            if not count:
+                raise WireError(f"the body ended after {held:,} of {length:,} bytes")
+            held += count
+        sink(buffer[:length])
+        return length
 
     def _pour_chunks(self, sink: Sink) -> int:
         total = 0

@@ -92,7 +92,9 @@ class _S3Upload:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="flowfn-upload") as pool:
             sizes = [os.stat(file).st_size for file, _ in files]
             work = [
-                pool.submit(self._put, *pair) for pair, size in zip(files, sizes, strict=True) if size <= _WHOLE_BYTES
+                pool.submit(self._put, *pair, size)
+                for pair, size in zip(files, sizes, strict=True)
+                if size <= _WHOLE_BYTES
             ]
             try:
                 for (file, key), size in zip(files, sizes, strict=True):
@@ -105,9 +107,8 @@ class _S3Upload:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _put(self, file: str, key: str) -> None:
-        with open(file, "rb", buffering=0) as opened:
-            content = opened.read()
+    def _put(self, file: str, key: str, size: int) -> None:
+        content = _content(file, size)
         digest = hashlib.md5(content, usedforsecurity=False).digest()
         self.patience.attempt(lambda: self.client.put(key, content, md5=digest))
         self.counter.add(len(content), 1)
@@ -139,6 +140,20 @@ class _S3Upload:
                 self.client.abort_multipart(key, upload)
                 raise
             self.counter.add(0, 1)
+
+
+def _content(file: str, size: int) -> bytes:
+    """The bytes of a file that is expected to have `size`: in few calls, after each of which a thread has to wait for
+    the interpreter."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pieces = [os.read(fd, size + 1)]
+        if len(pieces[0]) != size:  # a read that stopped early, or a file that was written to meanwhile
+            while piece := os.read(fd, _WHOLE_BYTES):
+                pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(fd)
 
 
 class _Counter:
