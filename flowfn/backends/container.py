@@ -61,7 +61,9 @@ class ContainerConnection(stream.StreamConnection):
         self._killed = False
         self._killer: threading.Thread | None = None
         run = [*engine.command, "run", f"--name={self.name}", f"--hostname={self.name}", *argv]
-        super().__init__(run, pass_fds=pass_fds, **{**options, "label": f"container {self.name}"})
+        # Podman's monitor leaves a file where it was started if a container runs out of memory.
+        cwd = paths.private_dir(os.path.join(paths.cache(), "containers"))
+        super().__init__(run, pass_fds=pass_fds, cwd=cwd, **{**options, "label": f"container {self.name}"})
 
     def heard(self, line: bytes) -> bool:
         return noise(line.decode(errors="replace"))

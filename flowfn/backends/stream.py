@@ -59,6 +59,7 @@ class StreamConnection(Connection):
         label: str,
         environ: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
+        cwd: str | None = None,
     ) -> None:
         self.label = label
         self.facts: dict[str, Any] = {}  # what the other side said when it was ready
@@ -70,6 +71,7 @@ class StreamConnection(Connection):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environ,
+                cwd=cwd,
                 pass_fds=pass_fds,
                 start_new_session=True,
                 bufsize=0,

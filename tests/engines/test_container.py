@@ -121,8 +121,12 @@ def test_the_engine_limits_memory_and_cores(made: Make) -> None:
     assert len(free(lambda: os.sched_getaffinity(0)).remote()) == 1
 
 
-def test_memory_that_fills_faster_than_anybody_looks(made: Make) -> None:
-    """The kernel's kill is told from others."""
+def test_memory_that_fills_faster_than_anybody_looks(
+    made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's kill is told from others, and leaves nothing in the working directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
 
     @flow.function(backend=made(), memory="150MiB", retries=None)
     def fill() -> int:
@@ -133,6 +137,7 @@ def test_memory_that_fills_faster_than_anybody_looks(made: Make) -> None:
 
     with pytest.raises(flow.OutOfMemory, match="150 MiB"):
         fill.remote()
+    assert os.listdir() == []
 
 
 # images
