@@ -72,9 +72,9 @@ def _files(path: str) -> list[tuple[str, str]]:
         return [(path, "")]
     found = []
     for folder, _, names in os.walk(path, followlinks=True):
-        for name in names:
-            file = os.path.join(folder, name)
-            found.append((file, os.path.relpath(file, path).replace(os.sep, "/")))
+        below = os.path.relpath(folder, path).replace(os.sep, "/")
+        prefix = "" if below == "." else below + "/"
+        found += [(os.path.join(folder, name), prefix + name) for name in names]
     return sorted(found)
 
 
@@ -89,13 +89,18 @@ class _S3Upload:
     def run(self, files: Sequence[tuple[str, str]]) -> None:
         from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
+        sizes = [os.stat(file).st_size for file, _ in files]
+        # Handed out one by one by the iterator itself: thousands of futures would cost as much as the requests.
+        small = iter([(*pair, size) for pair, size in zip(files, sizes, strict=True) if size <= _WHOLE_BYTES])
+
+        def put_small() -> None:
+            for file, key, size in small:
+                if self.patience.stopped.is_set():
+                    return
+                self._put(file, key, size)
+
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="flowfn-upload") as pool:
-            sizes = [os.stat(file).st_size for file, _ in files]
-            work = [
-                pool.submit(self._put, *pair, size)
-                for pair, size in zip(files, sizes, strict=True)
-                if size <= _WHOLE_BYTES
-            ]
+            work = [pool.submit(put_small) for _ in range(min(_THREADS, len(files)))]
             try:
                 for (file, key), size in zip(files, sizes, strict=True):
                     if size > _WHOLE_BYTES:
