@@ -27,6 +27,7 @@ import random
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -318,19 +319,22 @@ def run_overlap(root: Path, work: Path, env: dict[str, str], args: argparse.Name
     for index in range(count):
         (folder / f"{index:05}.bin").write_bytes(random.Random(index).randbytes(16 * MEBI))
     env = {**env, "FLOW_CACHE": str(work / "cache"), "FLOW_HOME": str(work / "home")}
+    ratios: dict[str, list[float]] = {"python": [], "native": []}
     for _ in range(args.rounds):
-        for kind in ("python", "native"):
-            command = [sys.executable, __file__, "--peer", "overlap", kind, str(count), "-"]
-            output = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-            for metric, value in json.loads(output.splitlines()[-1]).items():
+        for kind in ratios:
+            command = [sys.executable, __file__, "--peer", OVERLAP, kind, str(count), "-"]
+            output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+            values = json.loads(output.splitlines()[-1])
+            ratios[kind].append(values["both_s"] / values["alone_s"])
+            for metric, value in values.items():
                 unit = metric.rpartition("_")[2]
                 results.add(f"overlap, computing in {kind} code", "flowfn", metric, unit, value)
-    for kind in ("python", "native"):
+    for kind in ratios:
         name = f"overlap, computing in {kind} code"
         results.print_case(name)
-        alone, both = results.get(name, "flowfn", "alone_s"), results.get(name, "flowfn", "both_s")
-        assert alone and both
-        results.print_target(f"{name}: both against the longer alone", both / alone, 1.15, at_least=False)
+        # Of each round by itself: a machine that is busy is busy for both.
+        ratio = statistics.median(ratios[kind])
+        results.print_target(f"{name}: both against the longer alone", ratio, 1.15, at_least=False)
     shutil.rmtree(root / BUCKET)
 
 
