@@ -28,6 +28,7 @@ from flowfn.bundle import bundle
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
+    from flowfn.backends.jobs import Jobs
     from flowfn.image import Image
     from flowfn.spec import FunctionSpec
 
@@ -126,6 +127,19 @@ class RayBackend(Backend):
 
     def has_room(self, spec: FunctionSpec) -> bool:
         return not self._waiting
+
+    def jobs(self) -> Jobs:
+        from flowfn.backends import ray_tasks
+
+        home = self._environ.get("FLOW_HOME")
+        starting = ray_tasks.Starting(self._resources, self._cache, home, self._image)
+        return ray_tasks.jobs(self._address, starting, connected=ray.is_initialized() and not _forked)
+
+    @classmethod
+    def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:
+        from flowfn.backends import ray_tasks
+
+        return ray_tasks.RayJobs(place)
 
     def close(self) -> None:
         self._closed += 1

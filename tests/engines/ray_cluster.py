@@ -38,16 +38,17 @@ def why_not() -> str | None:
 class RayCluster:
     """Three nodes: the head has two a100, another one an h100, the last no GPU. `address` is where drivers connect."""
 
-    def __init__(self, nodes: list[dict[str, Any]] = NODES, *, client: bool = False) -> None:
+    def __init__(self, nodes: list[dict[str, Any]] = NODES, *, client: bool = False, jobs: bool = False) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))  # short enough for Ray's sockets
         self.cache = self.root / "cache"
         self.home = self.root / "home"
         self._nodes = nodes
         self._client = client  # whether there is a server for ray:// addresses
+        self._jobs = jobs  # whether there is a Jobs server, which is part of the dashboard
 
     def start(self) -> RayCluster:
         environ = {**os.environ, **ENVIRON, "RAY_TMPDIR": str(self.root)}
-        asked = json.dumps({"nodes": self._nodes, "client": self._client})
+        asked = json.dumps({"nodes": self._nodes, "client": self._client, "jobs": self._jobs})
         with (self.root / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, asked],
@@ -121,6 +122,8 @@ def main() -> None:
         "dashboard_agent_listen_port": 0,
     }
     head = {**common, "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False}}
+    if asked["jobs"]:
+        head |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
     if asked["client"]:
         head["ray_client_server_port"] = _free_port()
     cluster = Cluster()

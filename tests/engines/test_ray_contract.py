@@ -21,7 +21,7 @@ def cluster() -> Iterator[RayCluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ray_cluster.ENVIRON.items():
             patch.setenv(name, value)
-        made = RayCluster()
+        made = RayCluster(jobs=True)
         try:
             yield made.start()
         finally:
@@ -43,7 +43,7 @@ def connected(cluster: RayCluster, **options: Any) -> Iterator[flow.Backend]:
 
 
 class TestRay(BackendContract):
-    unsupported = {"commands", "nodes", "ports", "tasks"}
+    unsupported = {"nodes"}
 
     @pytest.fixture(scope="class")
     @classmethod
