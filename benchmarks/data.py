@@ -392,12 +392,17 @@ def run_case(
         tools("sync", case, "-")["s5cmd"][:1] + ["ls", f"s3://{BUCKET}/{case}/*"], env=env, capture_output=True
     )
     for turn in range(args.rounds):
+        if turn and "get" in args.actions:
+            for entry in work.iterdir():
+                shutil.rmtree(entry)
+            # For five seconds ext4 gives no deleted inode away again, and looks at all of them for each new file:
+            # whoever came right after a deletion of thousands would pay for it.
+            time.sleep(6)
         for action in args.actions:
             label = {"get": "cold", "sync": "warm", "put": "upload"}[action]
             for peer in peer_commands(action, case, "", args.peers):
                 dest = work / f"{case}-{peer}"
                 if action == "get":
-                    shutil.rmtree(dest, ignore_errors=True)
                     dest.mkdir()
                 elif action == "put":
                     shutil.rmtree(root / BUCKET / f"up-{case}", ignore_errors=True)
