@@ -28,6 +28,7 @@ NODES: list[dict[str, Any]] = [
     {},
 ]
 START_S = 90.0
+ATTEMPTS = 3  # Ray gives a node 30 seconds to start, which on a machine that is busy may not do
 
 
 def why_not() -> str | None:
@@ -49,18 +50,24 @@ class RayCluster:
     def start(self) -> RayCluster:
         environ = {**os.environ, **ENVIRON, "RAY_TMPDIR": str(self.root)}
         asked = json.dumps({"nodes": self._nodes, "client": self._client, "jobs": self._jobs})
-        with (self.root / "stderr").open("wb") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, asked],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environ,
-                start_new_session=True,
-            )
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
+        for _ in range(ATTEMPTS):
+            with (self.root / "stderr").open("wb") as stderr:
+                self.process = subprocess.Popen(
+                    [sys.executable, __file__, asked],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    env=environ,
+                    start_new_session=True,
+                )
+            assert self.process.stdout
+            line = self.process.stdout.readline()
+            if line:
+                break
+            self.process.stdin.close()  # type: ignore[union-attr]
+            self.process.stdout.close()
+            self.process.wait()
+        else:
             raise AssertionError(f"Ray did not start:\n{(self.root / 'stderr').read_text()[-4000:]}")
         said = json.loads(line)
         self.address: str = said["address"]
@@ -126,10 +133,15 @@ def main() -> None:
         head |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
     if asked["client"]:
         head["ray_client_server_port"] = _free_port()
-    cluster = Cluster()
-    nodes = [
-        cluster.add_node(**{**(head if not number else common), **node}) for number, node in enumerate(asked["nodes"])
-    ]
+    try:
+        cluster = Cluster()
+        nodes = [
+            cluster.add_node(**{**(head if not number else common), **node})
+            for number, node in enumerate(asked["nodes"])
+        ]
+    except BaseException:
+        _kill_all()
+        raise
     said = {
         "address": cluster.address,
         "url": f"ray://127.0.0.1:{head.get('ray_client_server_port')}",
@@ -141,12 +153,16 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdin.read()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _kill_all()
+    os._exit(0)
+
+
+def _kill_all() -> None:
     for pid in limits.descendants(os.getpid()):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-    os._exit(0)
 
 
 def _free_port() -> int:
