@@ -75,10 +75,11 @@ def meeting() -> Iterator[Meeting]:
     place.close()
 
 
-def submit(cluster: RayCluster, function: Callable[..., Any], **options: Any) -> Task:
+def submit(cluster: RayCluster, function: Callable[..., Any], address: str | None = None, **options: Any) -> Task:
     from flowfn.backends.ray import RayBackend
 
-    task: Task = flow.function(backend=RayBackend(**cluster.options()), **options)(function).submit()
+    backend = RayBackend(**cluster.options(address=address or cluster.address))
+    task: Task = flow.function(backend=backend, **options)(function).submit()
     return task
 
 
@@ -146,6 +147,16 @@ def test_a_supervisor_that_is_killed(cluster: RayCluster, meeting: Meeting) -> N
     with pytest.raises(flow.TaskFailed, match="its supervisor ended without a word"):
         task.result(WAIT_S)
     met.wait_for_end()
+
+
+def test_a_keeper_that_is_killed(cluster: RayCluster, meeting: Meeting) -> None:
+    task = submit(cluster, make_work(meeting))
+    met = meeting.next()
+    [keeper] = [pid for pid in cluster.processes() if ray_cluster._command(pid).startswith(b"ray::Keeper")]
+    os.kill(keeper, signal.SIGKILL)  # Ray starts it again
+    met.let_go()
+    task.wait(WAIT_S)
+    assert (task.result(), task.logs()) == ("done", "begun\n")
 
 
 def test_a_job_that_is_stopped_from_outside(cluster: RayCluster, meeting: Meeting) -> None:
@@ -232,10 +243,11 @@ def test_parts_of_the_cluster_that_are_lost(project: Path, meeting: Meeting, mon
     engines.need(ray_cluster.why_not())
     for name, value in ray_cluster.ENVIRON.items():
         monkeypatch.setenv(name, value)
-    made = RayCluster(ray_cluster.NODES[:2], jobs=True)
+    made = RayCluster(ray_cluster.NODES[:2], jobs=True, client=True)
     try:
         made.start()
-        on_node, on_head = (submit(made, make_work(meeting), gpu=gpu) for gpu in ("h100", "a100"))
+        on_node = submit(made, make_work(meeting), gpu="h100")
+        on_head = submit(made, make_work(meeting), made.url, gpu="a100")  # by Ray's client
         met = [meeting.next(), meeting.next()]
         os.kill(made.raylets[1], signal.SIGKILL)
         with pytest.raises(flow.TaskFailed, match="its Ray job ended without a word"):
