@@ -25,7 +25,7 @@ NAMESPACE = "flowfn"
 CHUNK_BYTES = 1 << 22
 LOOK_S = 2.0  # how old what Ray says of its jobs may be for those who wait
 _TASK = re.compile(r"task_\w+")
-_FILE = re.compile(r"\d+\.(out|err)|result|call|plan|started|stopped|(outcome|state|needs)\.json|supervisor\.log")
+_FILE = re.compile(r"\d+\.(out|err)|result|call|plan|started|(outcome|state|needs)\.json|supervisor\.log")
 _BLOB = re.compile(r"(code|runtime)-[0-9a-f]+")
 
 # What a job runs. The runtime is put into the node's cache, and takes over.
@@ -57,7 +57,10 @@ def begin(keeper, task_id):
                 raise
     sys.path[:] = [place] + [p for p in sys.path if p]
     from flowfn_runtime import raytask
-    sys.exit(raytask.main(keeper, task_id, plan, place))
+    status = raytask.main(keeper, task_id, plan, place)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all is told; Ray's own way out spoils the status while a thread waits for the keeper
 begin(keeper, sys.argv[1])
 """
 
@@ -165,7 +168,7 @@ class Keeper:
             directory = self._directory(task_id)
             if os.path.isdir(directory):
                 found[task_id] = {name: _json(directory, f"{name}.json") for name in ("outcome", "state")}
-                found[task_id] |= {name: os.path.exists(f"{directory}/{name}") for name in ("started", "stopped")}
+                found[task_id]["started"] = os.path.exists(f"{directory}/started")
                 found[task_id]["cancel"] = _text(f"{directory}/cancel")
         rest = [task_id for task_id, facts in found.items() if not facts["outcome"]]
         if rest:

@@ -21,14 +21,13 @@ from flowfn.backends.ray_talk import Line
 from flowfn.bundle import bundle
 from flowfn_runtime import project, taskdb
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable, ValidationError
+from flowfn_runtime.raytask import STOPPED
 
 if TYPE_CHECKING:
     from flowfn.image import Image
     from flowfn.plan import Draft
     from flowfn.spec import FunctionSpec
     from flowfn_runtime.project import Snapshot
-
-STOPPED = "its Ray job was stopped from outside"
 
 _lines: dict[str, Line] = {}
 _lock = threading.Lock()

@@ -26,7 +26,6 @@ CHUNK_BYTES = 1 << 22
 PATIENCE_S = 600.0  # for the keeper to be there again
 LOOK_S = 1.0
 FRESH_S = 60.0  # how old a directory without a driver has to be to be taken for left behind
-_ONCE = ("started", "stopped")
 _GROWING = ("0.out", "0.err", "supervisor.log", "result")
 _START = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.insert(0, sys.argv.pop(1)); "
@@ -82,7 +81,6 @@ def _directory(task_id: str) -> str:
 def _run(courier: Courier, directory: str, runtime: str, plan: Mapping[str, Any]) -> str:
     """Run the supervisor, and send what the task leaves; returns how the supervisor ended."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "SLURMD_"))}
-    env.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)
     if not plan["cpus"]:
         env.pop("OMP_NUM_THREADS", None)  # Ray sets it by what a job asks for
     with open(os.path.join(directory, "supervisor.log"), "ab") as log:
@@ -181,10 +179,9 @@ class Courier:
         if told != self._told:
             self.ask("add", self._task_id, [("state.json", -1, told)])
             self._told = told
-        for name in _ONCE:
-            if name not in self._sent and os.path.exists(os.path.join(self._directory, name)):
-                self.ask("add", self._task_id, [(name, -1, b"")])
-                self._sent[name] = 0
+        if "started" not in self._sent and os.path.exists(os.path.join(self._directory, "started")):
+            self.ask("add", self._task_id, [("started", -1, b"")])
+            self._sent["started"] = 0
 
     def _piece(self, name: str) -> bytes:
         try:
