@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .task import Task
 
 
+NS_GET_USERNS = 0xB701  # ioctl_ns(2)
+
+
 def enter(task: Task, command: str | None, node: int) -> int:
     """Run a shell, or `command`, in the namespaces of a node's sandbox, on this process's own terminal."""
     import subprocess
@@ -28,13 +31,28 @@ def enter(task: Task, command: str | None, node: int) -> int:
     inner = _first_child(init)
     env = _environment(inner)
     flags = ["--mount", "--pid", "--ipc"]
-    if os.readlink(f"/proc/{init}/ns/user") != os.readlink("/proc/self/ns/user"):
-        flags += ["--user", "--preserve-credentials"]
+    owner = _owner(f"/proc/{init}/ns/mnt")
+    if not os.path.samestat(os.fstat(owner), os.stat("/proc/self/ns/user")):
+        flags += [f"--user=/proc/self/fd/{owner}", "--preserve-credentials"]
     shell = shutil.which("bash") or "/bin/sh"
     program = [shell, "-c", command] if command is not None else [shell, "-i"]
     cwd = os.readlink(f"/proc/{inner}/cwd")
     argv = [nsenter, f"--target={init}", *flags, f"--wdns={cwd}", *program]
-    return subprocess.run(argv, env=env, check=False).returncode
+    try:
+        return subprocess.run(argv, env=env, pass_fds=[owner], check=False).returncode
+    finally:
+        os.close(owner)
+
+
+def _owner(namespace: str) -> int:
+    """A descriptor of the user namespace that owns a namespace, which need not be the one its processes are in."""
+    import fcntl
+
+    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(fd, NS_GET_USERNS)
+    finally:
+        os.close(fd)
 
 
 def _namespace_init(task_id: str, node: int) -> int:
