@@ -61,6 +61,8 @@ class SlurmConnection(stream.StreamConnection):
         start.connection = self
         super().__init__(argv, label=label, environ=environ)
         backend.track(self)
+        if self.waits:  # srun was faster, and whoever watches has not seen this connection
+            backend.somebody_waits()
         self.on_end(functools.partial(backend.untrack, self))
         if any(option.startswith("--jobid=") for option in start.options):
             clock.later(STEP_S, self._may_wait)
