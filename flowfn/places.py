@@ -227,7 +227,8 @@ def start(jobs: Jobs, draft: Draft) -> str:
     known = False
     try:
         taskdir.write_json(directory, "spec.json", taskstart.public(spec))
-        taskdb.add(taskstart.row(spec, backend=jobs.label, place=place), (), spec["depends_on"])
+        row = taskstart.row(spec, backend=jobs.label, place=place)
+        _seq, spec["after"] = taskdb.add(row, _block_volumes(spec, place), spec["depends_on"])
         known = True
         jobs.start(draft)
     except BaseException as error:
@@ -242,6 +243,12 @@ def start(jobs: Jobs, draft: Draft) -> str:
     finally:
         os.close(lock)
     return task_id
+
+
+def _block_volumes(spec: dict[str, Any], place: str) -> list[str]:
+    """Names for the volumes that one task has at a time: that place's own, which this register does not know."""
+    block = [volume for volume in spec["volumes"] if volume.get("interface") != "file"]
+    return [f"{place} {spec['project']}/{volume.get('volume_id') or volume.get('name')}" for volume in block]
 
 
 def _dependencies(spec: dict[str, Any], jobs: Jobs, place: str) -> None:

@@ -78,7 +78,7 @@ class SlurmJobs(Jobs):
                 self._write(directory, draft)
             words = ["sbatch", "--parsable", f"--job-name={NAME}{task_id}", f"--output={directory}/job.log"]
             words += ["--open-mode=append", "--requeue", f"--nodes={draft.wanted['nodes']}", "--ntasks-per-node=1"]
-            words += [*need.arguments(), *options.arguments(), *self._dependencies(draft.wanted["depends_on"])]
+            words += [*need.arguments(), *options.arguments(), *self._dependencies(draft.wanted)]
             asked = " ".join([*need.arguments(), *options.arguments()])
             submit(words, self._script(directory), self._backend, asked)
         except BaseException as error:
@@ -106,15 +106,20 @@ class SlurmJobs(Jobs):
         program = starting("taskjob", runtime, "run", directory, python=self._backend.options.python)
         return f"#!/bin/sh\nexec {shlex.join(program)}\n"
 
-    def _dependencies(self, ids: Sequence[str]) -> list[str]:
-        """The option that has Slurm wait for these tasks, and cancel this one if one of them fails."""
-        active = {task_id: self._read(task_id)[0] for task_id in ids}
+    def _dependencies(self, wanted: Mapping[str, Any]) -> list[str]:
+        """The options that have Slurm wait for other tasks, and cancel this one if one that it depends on fails."""
+        active = {task_id: self._read(task_id)[0] for task_id in wanted["depends_on"]}
         if failed := [task_id for task_id, state in active.items() if state and state.state != taskdb.COMPLETED]:
             raise ResourceUnavailable(f"the task depends on {failed[0]}, which has not completed")
-        jobs = listed([task_id for task_id, state in active.items() if state is None])
-        if not jobs:
-            return []
-        return ["--dependency=afterok:" + ":".join(job.number for job in jobs.values()), "--kill-on-invalid-dep=yes"]
+        waits = []
+        # Those whose volumes it uses may end as they like.
+        for kind, ids in (
+            ("afterok", [one for one, state in active.items() if state is None]),
+            ("afterany", wanted["after"]),
+        ):
+            if jobs := listed(ids) if ids else {}:
+                waits.append(f"{kind}:" + ":".join(job.number for job in jobs.values()))
+        return [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
 
     # asking
 
