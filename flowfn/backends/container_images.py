@@ -17,6 +17,7 @@ from typing import Any
 from flowfn.backends import stream
 from flowfn.backends.container_engine import Engine, noise, tail
 from flowfn.image import Image
+from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendError, BackendUnavailable, ConfigError
 
 REPOSITORY = "localhost/flowfn"  # of the images that are built here
@@ -97,7 +98,7 @@ class Images:
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
         if self._there(f"{REPOSITORY}:{digest}"):
             return f"{REPOSITORY}:{digest}"
-        with tempfile.TemporaryDirectory(prefix="flowfn-image-") as folder:
+        with tempfile.TemporaryDirectory(dir=_place()) as folder:
             for name, content in files.items():
                 with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
                     file.write(content)
@@ -105,7 +106,7 @@ class Images:
 
     def _build(self, image: Image, text: str, folder: str, digest: str) -> str:
         reference = f"{REPOSITORY}:{digest}"
-        with tempfile.NamedTemporaryFile("w", prefix="flowfn-image-", suffix=".Dockerfile") as file:
+        with tempfile.NamedTemporaryFile("w", dir=_place(), suffix=".Dockerfile") as file:
             file.write(text)
             file.flush()
             words = ["build", "--tag", reference, "--label", f"{LABEL}={digest}", "--file", file.name]
@@ -180,3 +181,8 @@ def place(image: Image, text: str, instruction: str | None) -> str | None:
             if 1 <= step <= len(image.steps):
                 return f"step {step} of {len(image.steps)}, {image.steps[step - 1].title}"
     return instruction
+
+
+def _place() -> str:
+    """Where what a build is made of lies while it runs."""
+    return paths.private_dir(os.path.join(paths.cache(), "containers"))
