@@ -98,7 +98,10 @@ class Executor(concurrent.futures.Executor):
         return (value for chunk in results for value in chunk)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; `cancel_futures` cancels those that have not begun; `wait` waits for the rest."""
+        """Take no more calls; `cancel_futures` cancels those that have not begun; `wait` waits for the rest.
+
+        Waiting takes in the callbacks of the futures. A callback itself doesn't wait, as it would wait for itself.
+        """
         with self._lock:
             self._shut_down = True
             futures = [future for future in self._futures if not future.done()]
@@ -106,8 +109,11 @@ class Executor(concurrent.futures.Executor):
             for future in futures:
                 if not future.running():
                     future.cancel()
-        if wait:
+        pool = self._pool
+        if wait and not (pool is not None and pool.in_callback()):
             concurrent.futures.wait(futures)
+            if pool is not None:
+                pool.wait_until_told()
             self._close()
         else:
             left = [future for future in futures if not future.done()]

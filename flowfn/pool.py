@@ -86,6 +86,8 @@ class Pool:
         self._helpers = 0
         self._helpers_idle = 0
         self._busy = 0
+        self._telling: set[int] = set()  # helper threads that tell of a call's end, callbacks of its future included
+        self._told = threading.Condition(self._lock)
 
     # lending
 
@@ -366,9 +368,23 @@ class Pool:
         """How many calls of futures are not done."""
         return len(self._jobs) + self._busy
 
+    def wait_until_told(self) -> None:
+        """Return when the callbacks of all futures that are done have run."""
+        with self._lock:
+            while self._telling:
+                self._told.wait()
+
+    def in_callback(self) -> bool:
+        """Whether a future's callback asks, which holds up others if it waits."""
+        return threading.get_ident() in self._telling
+
     def _help(self) -> None:
+        me = threading.get_ident()
         while True:
             with self._lock:
+                if me in self._telling:
+                    self._telling.remove(me)
+                    self._told.notify_all()
                 while not self._jobs:
                     self._helpers_idle += 1
                     signalled = self._jobs_ready.wait(30)
@@ -382,6 +398,8 @@ class Pool:
             del job  # it holds a call's arguments
             with self._lock:
                 self._busy -= 1  # before anybody can see that the call is done
+                if tell is not None:
+                    self._telling.add(me)
             if tell is not None:
                 tell()
                 del tell

@@ -125,10 +125,22 @@ def test_the_interpreter_ends_when_the_calls_are_done() -> None:
         import flowfn as flow, time
         executor = flow.Executor(2)
         future = executor.submit(time.sleep, 0.3)
-        future.add_done_callback(lambda f: print("done", f.exception()))
+        future.add_done_callback(lambda f: (time.sleep(0.3), print("done", f.exception())))
         """
     )
     assert ran.stdout == "done None\n" and ran.stderr == "" and ran.returncode == 0
+
+
+def test_callbacks_that_shut_the_executor_down() -> None:
+    ran = script(
+        """
+        import flowfn as flow, time
+        executor = flow.Executor(2)
+        for n in range(4):
+            executor.submit(time.sleep, 0.2).add_done_callback(lambda f: (executor.shutdown(), print("down")))
+        """
+    )
+    assert ran.stdout == "down\n" * 4 and ran.stderr == "" and ran.returncode == 0
 
 
 def test_an_error_in_the_with_block_is_the_users() -> None:
