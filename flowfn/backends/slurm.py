@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flowfn.backends.jobs import Jobs
     from flowfn.spec import FunctionSpec
 
-ATTEMPTS = 3  # to start a worker whose job is preempted or loses its node while it starts
+ATTEMPTS = 3  # to start a worker whose job is preempted, loses its node or is refused by it while it starts
 TERM_S = 5.0  # how long srun may take to end its job, before it is killed and the job cancelled
 CLOSE_S = 1.0  # how long idle workers may take to end by themselves when the backend is closed
 LET_GO_S = 0.5  # how long those who used workers may take to notice that these have ended
@@ -199,7 +199,7 @@ class _Start:
         words = slurm_queue.end_of(said)
         if words is None:
             return slurm_queue.meaning(said, self.asked, self.backend.there())
-        self.again = connection.node != "" and words not in (slurm_queue.OOM,)
+        self.again = words == slurm_queue.NOT_LAUNCHED or (connection.node != "" and words != slurm_queue.OOM)
         what = f"Slurm job {connection.job}" if connection.job else "its Slurm job"
         return BackendUnavailable(f"a worker did not start: {what} {words}\n{said.strip()}")
 

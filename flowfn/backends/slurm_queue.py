@@ -218,13 +218,15 @@ def hopeless(reason: str) -> bool:
 
 OOM = "went over its memory limit"
 CANCELLED = "was cancelled from outside"
+NOT_LAUNCHED = "could not be launched"
 # Of a job that ended: its state, or what srun and slurmstepd said -> what happened to it.
 _ENDS = (
     (r"PREEMPT", "was preempted"),
     (r"TIME LIMIT|TIMEOUT|DEADLINE", "went over the time limit of its job"),
     (r"NODE FAILURE|NODE_FAIL|Node failure|node_fail", "lost its node"),
     (r"OUT_OF_MEMORY|oom[-_ ]kill|OOM[ -]Killed|[Ee]xceeded (?:job |step )?memory limit", OOM),
-    (r"BOOT_FAIL|LAUNCH_FAILED", "could not be launched"),
+    # A controller that crashed may give the number of a job that ended once more, and nodes don't take it then.
+    (r"BOOT_FAIL|LAUNCH_FAILED|credential revoked", NOT_LAUNCHED),
     (r"REQUEUE", "was requeued"),
     (r"CANCELLED|Force Terminated|has been revoked|was cancell?ed|been cancell?ed", CANCELLED),
 )
