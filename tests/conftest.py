@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -51,7 +52,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_configure() -> None:
-    """Take signals as a program on a terminal does, also where the run is a background job that ignores some."""
+    """Keep what installers cache beside the environment, as `scripts/install` does: the user's caches are theirs.
+
+    And take signals as a program on a terminal does, also where the run is a background job that ignores some.
+    """
+    for name, folder in (("UV_CACHE_DIR", "uv"), ("PIP_CACHE_DIR", "pip")):
+        os.environ.setdefault(name, os.path.join(sys.prefix, ".cache", folder))
     for number, default in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGQUIT, signal.SIG_DFL),

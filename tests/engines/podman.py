@@ -1,13 +1,16 @@
 """A real Podman for tests, with storage of its own and a base image made without a registry.
 
 The base image is Debian's own, made by debootstrap from the mirror that this machine's apt uses (a minute or two), and
-kept with what is built on it in /var/tmp, for the next run. Nothing is read from or written to the user's containers.
+kept with what is built on it beside the environment's other caches, for the next run. Nothing is read from or written
+to the user's containers.
 """
 
 from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,9 +27,10 @@ PACKAGES = "python3,python3-pip,python3-venv,ca-certificates"
 CERTIFICATES = "/etc/ssl/certs"
 WAIT_S = 60.0
 
-_user = f"flowfn-tests-{os.getuid()}"
-STORAGE = Path("/var/tmp") / _user / "containers"
-STATE = Path("/run" if os.getuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())) / _user
+STORAGE = Path(sys.prefix) / ".cache" / "test-containers" / "storage"
+# Short, for its sockets, and gone when the machine restarts, as Podman wants it.
+STATE = Path("/run" if os.getuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir()))
+STATE /= f"flowfn-tests-{hashlib.sha256(bytes(STORAGE)).hexdigest()[:12]}"
 # Said to each command, so that no configuration file of the machine's matters: cgroups without systemd; runc, which
 # takes them in any version; and no journal.
 OPTIONS = [
@@ -90,6 +94,31 @@ def wait_until_gone(name: str) -> None:
     # Its removal takes a lock, which asking for all containers waits for.
     while name in containers():
         run("wait", name, check=False, stderr=subprocess.DEVNULL, timeout=WAIT_S)
+
+
+def client_of(place: Path, engine: str, options: list[str]) -> tuple[subprocess.Popen[bytes], str]:
+    """A client's program, with a call under way that started more processes; and the name of the call's container."""
+    home = place / "home"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'backend = "box"\n[backends.box]\ntype = "container"\nimage = "{BASE}"\nnetwork = "host"\n'
+        f"engine = '{engine}'\nshare = ['{place}']\nengine_options = {json.dumps(options)}\n"
+    )
+    (place / "project").mkdir()
+    (place / "project" / "program.py").write_text(
+        "import flowfn as flow\n"
+        "@flow.function(mounts={'/models': 'volume://held'})\n"
+        "def work(fifo):\n"
+        "    import os, subprocess, time\n"
+        "    subprocess.Popen(['setsid', 'sleep', '1000'])\n"
+        "    with open(fifo, 'w') as file: file.write(os.uname().nodename)\n"
+        "    time.sleep(1000)\n"
+        f"work.remote('{place}/fifo')\n"
+    )
+    os.mkfifo(place / "fifo")
+    environ = {**os.environ, "FLOW_HOME": str(home)}
+    client = subprocess.Popen([sys.executable, "program.py"], cwd=place / "project", env=environ)
+    return client, (place / "fifo").read_text()
 
 
 def backend(**options: Any) -> ContainerBackend:

@@ -209,9 +209,10 @@ def test_the_repl_through_a_pipe() -> None:
     assert "Error" not in ran.stderr
 
 
-def test_the_repl_on_a_terminal() -> None:
+def test_the_repl_on_a_terminal(tmp_path: Path) -> None:
     master, slave = pty.openpty()
-    environ = {**os.environ, "TERM": "dumb", "PYTHON_BASIC_REPL": "1"}
+    # The history is kept in the home directory, and is the user's.
+    environ = {**os.environ, "TERM": "dumb", "PYTHON_BASIC_REPL": "1", "HOME": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-i", "-q"], stdin=slave, stdout=slave, stderr=slave, env=environ, start_new_session=True
     )
@@ -243,19 +244,21 @@ def test_the_repl_on_a_terminal() -> None:
     assert "local pid" in output, "a terminal shows whose line it is"
 
 
-def test_ipython() -> None:
+def test_ipython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("IPython")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     ran = run(sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor", "-i", text=REPL)
     says = [line.rpartition("]: ")[2] for line in ran.stdout.splitlines()]
     assert [line for line in says if line in REPL_SAYS] == REPL_SAYS, ran.stdout + ran.stderr
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[Any]:
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real notebook kernel, and a client of it."""
     manager_module = pytest.importorskip("jupyter_client.manager")
     pytest.importorskip("ipykernel")
-    manager, client = manager_module.start_new_kernel(kernel_name="python3", startup_timeout=WAIT_S)
+    environ = {**os.environ, "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
+    manager, client = manager_module.start_new_kernel(kernel_name="python3", startup_timeout=WAIT_S, env=environ)
     try:
         yield client
     finally:
