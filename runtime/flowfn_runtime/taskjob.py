@@ -54,7 +54,7 @@ def _run(directory: str, plan: dict[str, Any]) -> int:
             os.unlink(os.path.join(directory, name))
     taskdir.remove_tree(os.path.join(directory, "scratch"))
     os.mkdir(os.path.join(directory, "scratch"), 0o700)
-    job = Job(directory, lock, {**plan, "after": [], "box": plan["box"]}, before.get("attempts", 0))
+    job = Job(directory, lock, {**plan, "after": []}, before.get("attempts", 0))
     ended = job.run()
     return 0 if ended.state == "completed" else 1
 

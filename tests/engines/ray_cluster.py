@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,23 @@ class RayCluster:
                 pass
         self.process.wait()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+@contextmanager
+def running(**options: Any) -> Iterator[RayCluster]:
+    """A cluster, and the environment of those who use it."""
+    import engines
+    import pytest
+
+    engines.need(why_not())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRON.items():
+            patch.setenv(name, value)
+        made = RayCluster(**options)
+        try:
+            yield made.start()
+        finally:
+            made.remove()
 
 
 def _command(pid: int) -> bytes:

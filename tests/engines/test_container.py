@@ -314,28 +314,8 @@ def test_a_container_killed_from_outside_is_a_lost_worker(made: Make, tmp_path: 
 
 @pytest.mark.parametrize("who", ["client", "engine"])
 def test_who_is_killed_leaves_no_container(made: Make, tmp_path: Path, who: str) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'backend = "box"\n[backends.box]\ntype = "container"\nimage = "{podman.BASE}"\nnetwork = "host"\n'
-        f"share = ['{tmp_path}']\nengine_options = {json.dumps(podman.OPTIONS)}\n"
-    )
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "program.py").write_text(
-        "import flowfn as flow\n"
-        "@flow.function(mounts={'/models': 'volume://held'})\n"
-        "def work(fifo):\n"
-        "    import os, subprocess, time\n"
-        "    subprocess.Popen(['setsid', 'sleep', '1000'])\n"
-        "    with open(fifo, 'w') as file: file.write(os.uname().nodename)\n"
-        "    time.sleep(1000)\n"
-        f"work.remote('{tmp_path}/fifo')\n"
-    )
-    os.mkfifo(tmp_path / "fifo")
-    environ = {**os.environ, "FLOW_HOME": str(home)}
-    client = subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path / "project", env=environ)
+    client, name = podman.client_of(tmp_path, "podman", podman.OPTIONS)
     try:
-        name = (tmp_path / "fifo").read_text()
         assert name in podman.containers()
         if who == "client":
             client.kill()

@@ -102,7 +102,6 @@ def test_gpus_that_the_engine_can_not_hand_over(made: Make) -> None:
 def stuck(fifo: str) -> Callable[[str], None]:
     def wait(fifo: str) -> None:
         import os
-        import subprocess
         import time
 
         subprocess.Popen(["setsid", "sleep", "1000"])
@@ -128,27 +127,7 @@ def test_a_container_killed_from_outside_is_a_lost_worker(docker: Docker, made: 
 
 
 def test_a_killed_client_leaves_no_container(docker: Docker, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'backend = "box"\n[backends.box]\ntype = "container"\nimage = "{podman.BASE}"\nnetwork = "host"\n'
-        f"engine = 'docker'\nshare = ['{tmp_path}']\nengine_options = {json.dumps(docker.options)}\n"
-    )
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "program.py").write_text(
-        "import flowfn as flow\n"
-        "@flow.function\n"
-        "def work(fifo):\n"
-        "    import os, subprocess, time\n"
-        "    subprocess.Popen(['setsid', 'sleep', '1000'])\n"
-        "    with open(fifo, 'w') as file: file.write(os.uname().nodename)\n"
-        "    time.sleep(1000)\n"
-        f"work.remote('{tmp_path}/fifo')\n"
-    )
-    os.mkfifo(tmp_path / "fifo")
-    environ = {**os.environ, "FLOW_HOME": str(home)}
-    client = subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path / "project", env=environ)
-    name = (tmp_path / "fifo").read_text()
+    client, name = podman.client_of(tmp_path, "docker", docker.options)
     assert name in docker.containers()
     client.kill()
     client.wait()

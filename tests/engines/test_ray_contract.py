@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import engines
 import pytest
 import ray_cluster
 from ray_cluster import RayCluster
@@ -18,15 +17,8 @@ from flowfn.testing import BackendContract, Exceptions, Identity, Logs, LostWork
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    engines.need(ray_cluster.why_not())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ray_cluster.ENVIRON.items():
-            patch.setenv(name, value)
-        made = RayCluster(jobs=True)
-        try:
-            yield made.start()
-        finally:
-            made.remove()
+    with ray_cluster.running(jobs=True) as made:
+        yield made
 
 
 def connected(cluster: RayCluster, **options: Any) -> Iterator[flow.Backend]:

@@ -42,16 +42,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[RayCluster]:
-    engines.need(ray_cluster.why_not())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ray_cluster.ENVIRON.items():
-            patch.setenv(name, value)
-        made = RayCluster(jobs=True)
-        try:
-            yield made.start()
-        finally:
-            places.close_all()
-            made.remove()
+    with ray_cluster.running(jobs=True) as made:
+        yield made
+        places.close_all()
 
 
 @pytest.fixture

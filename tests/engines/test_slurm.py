@@ -20,6 +20,7 @@ from slurm_cluster import SlurmCluster
 import flowfn as flow
 from flowfn.backends import registry, slurm, slurm_queue
 from flowfn.testing import Meeting
+from flowfn.testing.base import Met
 
 WAIT_S = 60.0
 
@@ -533,11 +534,8 @@ def _script(tmp_path: Path, text: str, cluster: SlurmCluster, meeting: Meeting |
 
 
 class TestClients:
-    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_one_that_is_killed_leaves_no_job(
-        self, cluster: SlurmCluster, meeting: Meeting, tmp_path: Path, how: signal.Signals
-    ) -> None:
-        script = _script(tmp_path, CLIENT, cluster, meeting)
+    def started(self, script: str, meeting: Meeting) -> tuple[Any, list[Met]]:
+        """A client's program, and its two calls that run."""
         client = subprocess.Popen(
             [sys.executable, script],
             stdin=subprocess.PIPE,
@@ -547,8 +545,13 @@ class TestClients:
             bufsize=0,
         )
         assert client.stdout and client.stdout.readline() == b"started\n"
-        met = [meeting.next(), meeting.next()]
-        assert client.stdin
+        return client, [meeting.next(), meeting.next()]
+
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_one_that_is_killed_leaves_no_job(
+        self, cluster: SlurmCluster, meeting: Meeting, tmp_path: Path, how: signal.Signals
+    ) -> None:
+        client, met = self.started(_script(tmp_path, CLIENT, cluster, meeting), meeting)
         client.stdin.write(b"\n")
         client.stdin.close()
         wait_until(lambda: len(cluster.jobs()) == 3)  # two run, and one waits
@@ -561,18 +564,7 @@ class TestClients:
 
     def test_one_whose_whole_session_is_killed(self, cluster: SlurmCluster, meeting: Meeting, tmp_path: Path) -> None:
         """As when a terminal or a login session is closed."""
-        script = _script(tmp_path, CLIENT, cluster, meeting)
-        client = subprocess.Popen(
-            [sys.executable, script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            bufsize=0,
-        )
-        assert client.stdout and client.stdout.readline() == b"started\n"
-        met = [meeting.next(), meeting.next()]
-        assert client.stdin
+        client, met = self.started(_script(tmp_path, CLIENT, cluster, meeting), meeting)
         client.stdin.close()
         os.killpg(client.pid, signal.SIGKILL)
         client.wait()
