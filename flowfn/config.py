@@ -23,10 +23,14 @@ import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowfn_runtime import paths
+from flowfn_runtime import settings as runtime
 from flowfn_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flowfn_runtime.data.spec import Mount
 
 # Variable -> field of Config. Every one holds a plain string.
 _VARIABLES = {
@@ -37,6 +41,7 @@ _VARIABLES = {
     "FLOW_STORE": "store",
     "FLOW_VOLUMES": "volumes",
 }
+# Besides, FLOW_STORAGE holds the table `storage` as JSON.
 _STRINGS = frozenset(_VARIABLES.values())
 _TABLES = frozenset({"storage", "backends"})
 _PROJECT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
@@ -60,13 +65,30 @@ class Config(NamedTuple):
 
     def storage_options(self, url: str) -> dict[str, Any]:
         """The options configured for `url`: those of the longest prefix that matches at a path boundary."""
-        best = ""
-        for prefix in self.storage:
-            bare = prefix.rstrip("/")
-            whole = url in (prefix, bare) or url.startswith(bare + "/") or prefix.endswith("://")
-            if whole and url.startswith(bare) and len(prefix) > len(best):
-                best = prefix
-        return dict(self.storage[best]) if best else {}
+        return runtime.options_for(url, self.storage)
+
+    def with_options(self, mount: Mount) -> Mount:
+        """The mount with the options configured for its source, for a process that has no such configuration."""
+        if not (configured := self.storage_options(mount.source)):
+            return mount
+        from dataclasses import replace
+
+        return replace(mount, storage_options={**configured, **(mount.storage_options or {})})
+
+    def data_environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """Variables that tell a process elsewhere where the volumes and the store are, if that is in a bucket.
+
+        `env`: the variables of the call or task that uses them: they may say who asks there.
+        """
+        import json
+
+        places = {"FLOW_STORE": self.store, "FLOW_VOLUMES": self.volumes}
+        told = {name: url for name, url in places.items() if url and "://" in url and not url.startswith("file:")}
+        if not told:
+            return {}
+        if storage := {url: options for url in told.values() if (options := self.storage_options(url))}:
+            told["FLOW_STORAGE"] = json.dumps(storage)
+        return told | {name: value for name, value in env.items() if name.startswith("AWS_")}
 
 
 def load(*, cwd: str | None = None) -> Config:
@@ -82,6 +104,8 @@ def load(*, cwd: str | None = None) -> Config:
     for variable, key in _VARIABLES.items():
         if value := os.environ.get(variable):
             merged[key] = value
+    if storage := os.environ.get("FLOW_STORAGE"):
+        _merge(merged, _checked({"storage": _json(storage)}, "FLOW_STORAGE"))
     project = merged.get("project", "default")
     if not _PROJECT.fullmatch(project):
         raise ConfigError(
@@ -89,6 +113,17 @@ def load(*, cwd: str | None = None) -> Config:
             hint="Use letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit.",
         )
     return Config(**merged)
+
+
+def _json(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ConfigError(
+            "FLOW_STORAGE is not valid JSON", hint='write {"s3://bucket": {"endpoint_url": "https://..."}}'
+        ) from None
 
 
 def user_file() -> str:
@@ -179,3 +214,10 @@ def _checked(content: dict[str, Any], path: str) -> dict[str, Any]:
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
     for key, value in new.items():
         into[key] = {**into.get(key, {}), **value} if key in _TABLES else value
+
+
+# What the runtime's code asks in this process.
+runtime.project = lambda: load().project
+runtime.volumes = lambda: load().volumes
+runtime.store = lambda: load().store
+runtime.storage = lambda url: load().storage_options(url)

@@ -149,6 +149,5 @@ def _argument(value: Any, mounts: list[Mount], settings: configuration.Config) -
         return value
     name = posixpath.basename(value.rstrip("/")) or "data"
     mount = Mount(value, f"{_ARGUMENTS}/{len(mounts)}/{name}")
-    configured = settings.storage_options(value)
-    mounts.append(Mount(value, mount.target, storage_options=configured) if configured else mount)
+    mounts.append(settings.with_options(mount))
     return StagedArgument(value, mount.target)

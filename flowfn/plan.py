@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flowfn_runtime import paths, project
@@ -71,6 +71,7 @@ def draft(task: TaskConfig, settings: configuration.Config, call: Call | None, *
         "call": call is not None,
         "listed": _listed(task, call),
         "env": dict(task.env),
+        "environ": settings.data_environment(task.env),  # the supervisor's own
         "mounts": [mount.to_dict() for mount in mounts],
         "volumes": volumes,
         "ephemeral": ephemeral,
@@ -217,7 +218,7 @@ def _named_volumes(
         if mount.scheme == "volume":
             named.append(_volume(_spec_of(mount), mount.target, _inside(mount)))
         else:
-            plain.append(_with_options(mount, settings))
+            plain.append(settings.with_options(mount))
     return named, ephemeral, plain
 
 
@@ -237,8 +238,3 @@ def _spec_of(mount: Mount) -> VolumeSpec:
 def _inside(mount: Mount) -> str:
     slash, path = mount.source.removeprefix("volume://").partition("/")[1:]
     return slash + path
-
-
-def _with_options(mount: Mount, settings: configuration.Config) -> Mount:
-    configured = settings.storage_options(mount.source)
-    return replace(mount, storage_options={**configured, **(mount.storage_options or {})}) if configured else mount

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from flowfn_runtime.data import access as _access
 from flowfn_runtime.data.access import Info
 from flowfn_runtime.data.globs import files
 from flowfn_runtime.data.output import Output
 from flowfn_runtime.data.partitions import Partition, partitions
 from flowfn_runtime.data.references import Dir, File, Reference, StagedPath, staged_path
 from flowfn_runtime.data.store import upload
-
-from . import config as _config
 
 __all__ = [
     "Dir",
@@ -25,6 +22,3 @@ __all__ = [
     "staged_path",
     "upload",
 ]
-
-# References made here take the configured storage options along to the worker, which has no such configuration.
-_access.configured = lambda url: _config.load().storage_options(url)

@@ -109,11 +109,13 @@ def launch(
         request["cpus"] = spec.cpu
     if spec.gpu and "gpu" in enforce:
         request["gpus"] = list(map(str, spec.gpu))
+    env = {**(environ or {}), **spec.environment(os.environ)}
     setup: dict[str, Any] = {
         "request": request,
-        "env": {**(environ or {}), **spec.environment(os.environ)},
+        "env": env,
+        "environ": settings.data_environment(env) if sandbox else {},
         "project_name": settings.project,
-        "mounts": [mount.to_dict() for mount in spec.mounts] if sandbox else [],
+        "mounts": [settings.with_options(mount).to_dict() for mount in spec.mounts] if sandbox else [],
         "argv0": os.path.basename(sys.argv[0]) if sys.argv else "",
     }
     if image is not None:

@@ -91,11 +91,6 @@ def _project() -> str:
     return config.load().project
 
 
-# `volume://` URLs on this side mean the project that the client works in.
-_volumes.project_from = _project
-_volumes.bucket_url_from = lambda: config.load().volumes
-
-
 def __getattr__(name: str) -> Any:
     if name == "VolumeFileSystem":  # fsspec's entry point; imports fsspec, which the rest here does without
         from flowfn_runtime.data.volumefs import VolumeFileSystem

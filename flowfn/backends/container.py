@@ -306,13 +306,14 @@ class ContainerBackend(Backend):
         own = [paths.private_dir(paths.home()), *store.shared_dirs()]
         binds = [bind(path, path, False) for path in dict.fromkeys([*own, *self._share])]
         environ |= {"FLOW_HOME": paths.home(), UPLOAD_LOCAL: "1"}  # the client does not see the container's files
-        if os.environ.get("FLOW_STORE"):
-            environ["FLOW_STORE"] = os.environ["FLOW_STORE"]
+        if kept := config.load().store:
+            environ["FLOW_STORE"] = kept
         if spec.mounts:
+            settings = config.load()
             staged = mounts.stage(
-                spec.mounts,
+                [settings.with_options(mount) for mount in spec.mounts],
                 env=spec.environment(os.environ),
-                project=config.load().project,
+                project=settings.project,
                 progress=_show,
             )
             held.keep(staged.lease_fds)

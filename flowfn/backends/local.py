@@ -95,11 +95,12 @@ class LocalBackend(Backend):
                     host.close()
                 launch = None
                 if spec.mounts:
-                    mounts = [mount.to_dict() for mount in spec.mounts]
+                    settings = config.load()
                     launch = {
-                        "mounts": mounts,
+                        "mounts": [settings.with_options(mount).to_dict() for mount in spec.mounts],
                         "env": dict(env),
-                        "project": config.load().project,
+                        "environ": settings.data_environment(env),
+                        "project": settings.project,
                         "boot": local_host.BOOT,
                         "cwd": local_host.cwd(),
                     }

@@ -4,7 +4,7 @@ The loader (`flowfn.loader`, sent by the client) starts it with the stream on st
 in a SETUP frame what is wanted:
 
 - `request`: what `host.serve_stdio` is told: memory, cpus, gpus
-- `env`: variables, secrets among them
+- `env`: variables, secrets among them; `environ`: variables for what starts the worker, too
 - `roots`, `sys_path`, `cwd`: digests of the project's snapshots, and places in them as [number of the root, path]
 - `image`: a virtual environment to build, or to find built already
 - `mounts`, `project_name`: data to stage; then the worker gets a filesystem of its own
@@ -168,6 +168,7 @@ class Start:
             self.python = f"{place}/bin/python"
             path = f"{place}/bin:{os.environ.get('PATH', os.defpath)}"
             self.env = {"VIRTUAL_ENV": place, "PATH": path, **image["env"], **self.env}
+        os.environ.update(self.setup["environ"])
         if mounts := self.setup.get("mounts"):
             self._stage(mounts)
 

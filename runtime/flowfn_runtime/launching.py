@@ -37,6 +37,7 @@ def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]
         from .data import mounts, spec, store
         from .data.references import UPLOAD_LOCAL
 
+        os.environ.update(request["environ"])
         wanted = [spec.Mount.from_dict(mount) for mount in request["mounts"]]
         sandbox.check()
         staged = mounts.stage(wanted, env=request["env"], project=request["project"], progress=progress)

@@ -40,6 +40,7 @@ def main() -> None:
     plan = taskdir.read_json(directory, "plan.json")
     if plan is None:  # it had ended, and the engine runs it again all the same
         sys.exit(0)
+    os.environ.update(plan["environ"])
     os.environ["FLOW_HOME"] = plan["home"]
     if plan["cache"]:
         os.environ["FLOW_CACHE"] = plan["cache"]

@@ -66,6 +66,7 @@ def _start(client: Client, body: Any, wanted: dict[str, Any]) -> tuple[Any, byte
         return None, b""  # it was started before the connection was lost
     taskstart.check(wanted)  # before anything travels
     store = taskstart.code_store()
+    os.environ.update(wanted["environ"])
     with project.guarded(store):
         for digest in filter(None, [wanted["code"], *wanted["roots"]]):
             if not os.path.exists(os.path.join(store, "trees", digest)):

@@ -275,7 +275,7 @@ def row(spec: Mapping[str, Any], *, backend: str = "", place: str = "") -> taskd
 def public(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The task as it may lie on a disk: names of variables, not their values; no credentials."""
     mounts = [Mount.from_dict(mount).to_dict(secrets=False) for mount in spec["mounts"]]
-    return {**spec, "env": sorted(spec["env"]), "mounts": mounts}
+    return {**spec, "env": sorted(spec["env"]), "environ": sorted(spec["environ"]), "mounts": mounts}
 
 
 def remove(rows: Sequence[taskdb.TaskRow]) -> int:
@@ -303,7 +303,7 @@ def _launch(directory: str, lock: int, spec: dict[str, Any], gpus: str | None) -
             (os.POSIX_SPAWN_DUP2, lock, first),
             (os.POSIX_SPAWN_DUP2, source, first + 1),
         ]
-        env = os.environ | {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache()}
+        env = os.environ | spec["environ"] | {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache()}
         env.pop("FLOW_TASK_ID", None)  # a task that another one submits outlives it
         if gpus:
             env["FLOW_GPUS"] = gpus

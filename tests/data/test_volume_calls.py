@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import flowfn as flow
-from flowfn_runtime import sandbox
+from flowfn_runtime import sandbox, settings
 from flowfn_runtime.data import volume_bucket, volume_commit, volume_sync, volumes
 
 Elsewhere = Callable[[], dict[str, str]]
@@ -121,7 +121,7 @@ def test_a_call_that_changes_nothing_writes_nothing(elsewhere: Elsewhere) -> Non
         return len(list(Path("/notes").iterdir()))
 
     mounted(note).remote("a")
-    bucket = volume_bucket.Bucket(volumes.bucket_url_from() or "")
+    bucket = volume_bucket.Bucket(settings.volumes() or "")
     head = bucket.key("default", "volumes", volumes.get("notes").id, "head")
     before = bucket.get(head)
     assert [mounted(read).remote() for _ in range(3)] == [1, 1, 1]
@@ -148,7 +148,7 @@ def test_a_task_is_completed_when_its_changes_are_in_the_bucket(elsewhere: Elsew
 
 
 def test_files_that_are_being_written_to_wait_for_the_next_time(elsewhere: Elsewhere) -> None:
-    bucket = volume_bucket.Bucket(volumes.bucket_url_from() or "")
+    bucket = volume_bucket.Bucket(settings.volumes() or "")
     with volumes.attach("notes") as held:
         done = threading.Event()
 

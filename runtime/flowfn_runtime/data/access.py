@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from .. import settings
 from ..errors import CacheFull, DataAccessDenied, DataError, DataNotFound, DataUnavailable, FlowError
 from .spec import redact, scheme_of
 
@@ -102,15 +103,7 @@ def filesystem(url: str, options: Options) -> tuple[Any, str]:
 
 def effective(url: str, options: Options) -> dict[str, Any]:
     """The storage options of a URL: what is configured for it, and `options` over that."""
-    return {**configured(url), **(options or {})}
-
-
-def _nothing_configured(url: str) -> Mapping[str, Any]:
-    return {}
-
-
-# The client puts its configuration's answer here; references take it along to where there is none.
-configured: Callable[[str], Mapping[str, Any]] = _nothing_configured
+    return {**settings.storage(url), **(options or {})}
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 import os
 from typing import Any
 
-from .. import paths
+from .. import paths, settings
 from ..errors import DataChanged, DataError
 from . import access, streams
 from .publish import publish
@@ -21,7 +21,7 @@ from .staging import sha256_of
 
 def root() -> str:
     """The URL (or path) that the store is at."""
-    return access.normal_url(os.environ.get("FLOW_STORE") or os.path.join(paths.home(), "store")).rstrip("/")
+    return access.normal_url(settings.store() or os.path.join(paths.home(), "store")).rstrip("/")
 
 
 def shared_dirs() -> list[str]:

@@ -23,11 +23,17 @@ _START = (
 
 def start(volume: Volume) -> None:
     """See to it that a keeper waits for the end of the volume's use. The caller holds the volume's lock."""
+    import json
     import subprocess
 
-    from . import volume_commit, volumes
+    from .. import settings
+    from . import volume_commit
 
     folder = os.path.dirname(volume.path)
+    url = settings.volumes() or ""
+    env = {**os.environ, "FLOW_VOLUMES": url}
+    if options := settings.storage(url):
+        env["FLOW_STORAGE"] = json.dumps({url: dict(options)})
     turn = os.open(os.path.join(folder, "keeper.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     log = os.open(os.path.join(folder, "keeper.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -39,7 +45,7 @@ def start(volume: Volume) -> None:
         with listener:
             subprocess.run(
                 [sys.executable, "-c", _START, volume.id, volume.project, str(turn), str(listener.fileno())],
-                env={**os.environ, "PYTHONPATH": path, "FLOW_VOLUMES": volumes.bucket_url_from() or ""},
+                env={**env, "PYTHONPATH": path},
                 pass_fds=(turn, listener.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -57,6 +63,7 @@ def start(volume: Volume) -> None:
 
 def main(argv: list[str]) -> None:
     """Wait, write back, end."""
+    from .. import settings
     from ..errors import FlowError
     from . import volume_commit, volume_db, volume_locks, volume_sync, volumes
     from .volume_bucket import Bucket
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> None:
     volume_id, project, turn = argv[0], argv[1], int(argv[2])
     listener = socket.socket(fileno=int(argv[3]))
     volume = volumes.get(volume_id, project)
-    url = volumes.bucket_url_from()
+    url = settings.volumes()
     assert url
     bucket = Bucket(url)
     asked = (listener, lambda: volume_sync.commit(volume, bucket, in_use=True))

@@ -12,7 +12,6 @@ Interface = Literal["block", "file"]
 
 DEFAULT_SIZE_GB = 100
 MAX_SIZE_GB = 16384
-DEFAULT_PROJECT = "default"
 ID_PREFIX = "vol_"  # no name can begin so: names hold no underscore
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*[a-z0-9]")

@@ -19,6 +19,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from .. import settings
 from ..errors import DataAccessDenied, DataError, DataNotFound, FlowError, VolumeError
 from . import volume_db, volumes
 
@@ -87,9 +88,9 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
                 url=f"volume://{name}",
                 hint=f'mount it: mounts={{"/volumes/{name}": "volume://{name}"}}',
             )
-        project = self.project or volumes.current_project()
+        project = self.project or settings.project()
         try:
-            if bucket_url := volumes.bucket_url_from():
+            if bucket_url := settings.volumes():
                 return _copy(bucket_url, name, project, create), rest
             if create and not volumes.is_id(name):
                 return volumes.find_or_create(name, project=project).path, rest
@@ -112,7 +113,7 @@ class VolumeFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if not clean:
             labels = {_bare(source).partition("/")[0] for source in _mounted()}
             if MOUNTS not in os.environ:
-                labels = {volume.label for volume in volumes.list_volumes(self.project or volumes.current_project())}
+                labels = {volume.label for volume in volumes.list_volumes(self.project or settings.project())}
             found = [{"name": label, "size": 0, "type": "directory"} for label in sorted(labels)]
         else:
             local = self.local_path(clean)

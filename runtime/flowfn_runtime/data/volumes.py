@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from .. import settings
 from ..errors import VolumeError, VolumeInUse, VolumeNotFound
+from ..settings import DEFAULT_PROJECT
 from . import volume_db, volume_files, volume_locks
 from .volume_locks import Attachment
 from .volume_model import (
-    DEFAULT_PROJECT,
     DEFAULT_SIZE_GB,
     ID_PREFIX,
     MAX_SIZE_GB,
@@ -51,7 +52,6 @@ __all__ = [
     "check_size",
     "commit",
     "create",
-    "current_project",
     "delete",
     "find",
     "find_or_create",
@@ -64,26 +64,6 @@ __all__ = [
 
 _COLUMNS = "id, project, name, size_gb, interface, region, created_at"
 _LOG = "flowfn"
-
-
-def current_project() -> str:
-    """The project whose volumes are meant where none is named: `FLOW_PROJECT`, else "default".
-
-    The client, which reads configuration files too, puts its own answer in place of `project_from`.
-    """
-    return project_from()
-
-
-def _project_from_environment() -> str:
-    return os.environ.get("FLOW_PROJECT") or DEFAULT_PROJECT
-
-
-def _bucket_from_environment() -> str | None:
-    return os.environ.get("FLOW_VOLUMES")
-
-
-project_from: Callable[[], str] = _project_from_environment
-bucket_url_from: Callable[[], str | None] = _bucket_from_environment  # the client replaces this one, too
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -394,7 +374,7 @@ def _make_folder(volume: Volume) -> None:
 
 
 def _bucket() -> Bucket | None:
-    url = bucket_url_from()
+    url = settings.volumes()
     if not url:
         return None
     from .volume_bucket import Bucket

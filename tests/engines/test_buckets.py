@@ -1,0 +1,112 @@
+"""What this machine's configuration says of buckets holds for workers elsewhere: of mounts, and of volumes in a bucket.
+
+What a worker wrote to such a volume is in the bucket when its call or task is over, for hosts that share nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import engines
+import podman
+import pytest
+from slurm_cluster import SlurmCluster
+from sshd import Sshd
+
+import flowfn as flow
+from flowfn.backends.local import LocalBackend
+from flowfn.backends.slurm import SlurmBackend
+from flowfn.backends.ssh import SshBackend
+from flowfn_runtime.data import volumes
+
+WAIT_S = 60.0
+Look = Callable[[], str]
+
+
+@pytest.fixture(params=["local", "container", "ssh", "slurm"])
+def backend(request: pytest.FixtureRequest) -> Iterator[flow.Backend]:
+    made: flow.Backend
+    if request.param == "local":
+        flow.shutdown()
+        made = LocalBackend()
+    elif request.param == "container":
+        engines.need(podman.why_not())
+        podman.ready()
+        made = podman.backend()
+    elif request.param == "ssh":
+        server: Sshd = request.getfixturevalue("ssh_server")
+        made = SshBackend(server.url, config=str(server.config), python=server.python("boto3"))
+    else:
+        cluster: SlurmCluster = request.getfixturevalue("slurm_cluster")
+        made = SlurmBackend(cluster.options())
+    yield made
+    flow.shutdown()
+    made.close()
+
+
+@pytest.fixture
+def elsewhere(exact_s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
+    """What a file of the volume "notes" holds, as a host sees it that has not seen the volume before.
+
+    Where the volumes are and how their bucket is reached is configured; who asks is in the environment.
+    """
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", exact_s3.options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", exact_s3.options["secret"])
+    config = (
+        f'volumes = "{exact_s3.url}/volumes"\n'
+        f'[storage."{exact_s3.url}"]\nendpoint_url = "{exact_s3.options["endpoint_url"]}"\nregion = "us-east-1"\n'
+    )
+
+    def be_on(host: str, patch: pytest.MonkeyPatch) -> None:
+        (tmp_path / host).mkdir()
+        (tmp_path / host / "config.toml").write_text(config)
+        patch.setenv("FLOW_HOME", str(tmp_path / host))
+
+    def look() -> str:
+        with monkeypatch.context() as patch:
+            be_on(f"host-{len(list(tmp_path.iterdir()))}", patch)
+            with volumes.attach("notes") as held:
+                return Path(held.path, "note").read_text()
+
+    be_on("client", monkeypatch)
+    return look
+
+
+SECRETS = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+
+
+def make(backend: flow.Backend) -> Any:
+    def note(text: str) -> None:
+        with open("/notes/note", "a") as file:
+            file.write(text)
+
+    return flow.function(backend=backend, mounts={"/notes": "volume://notes"}, secrets=SECRETS)(note)
+
+
+def test_mounts(backend: flow.Backend, exact_s3: Any, elsewhere: Look) -> None:
+    exact_s3.put("set/a", b"1")
+
+    def read() -> str:
+        with open("/data/a") as file:
+            return file.read()
+
+    function = flow.function(backend=backend, mounts=f"{exact_s3.url}/set/", secrets=SECRETS)(read)
+    assert function.remote() == "1"
+    assert function.submit().result(WAIT_S) == "1"
+
+
+def test_calls(backend: flow.Backend, elsewhere: Look) -> None:
+    function = make(backend)
+    function.remote("one ")
+    assert elsewhere() == "one "
+    function.remote("two")
+    assert elsewhere() == "one two"
+
+
+def test_tasks(backend: flow.Backend, elsewhere: Look) -> None:
+    make(backend).submit("one ").result(WAIT_S)
+    assert elsewhere() == "one "
+    make(backend).submit("two").result(WAIT_S)
+    assert elsewhere() == "one two"
