@@ -163,9 +163,9 @@ def _make() -> None:
         with (folder / "root/etc/apt/sources.list").open("w") as sources:
             sources.write(f"deb {site} {codename} main\n")
         shutil.rmtree(folder / "root/var/cache/apt/archives", ignore_errors=True)
-        pack = subprocess.Popen(["tar", "-C", str(folder / "root"), "-c", "."], stdout=subprocess.PIPE)
-        run("import", "--quiet", "-", BASE, stdin=pack.stdout)
-        assert pack.wait() == 0
+        with subprocess.Popen(["tar", "-C", str(folder / "root"), "-c", "."], stdout=subprocess.PIPE) as pack:
+            run("import", "--quiet", "-", BASE, stdin=pack.stdout)
+        assert pack.returncode == 0
     finally:
         shutil.rmtree(folder)
 
