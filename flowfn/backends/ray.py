@@ -38,6 +38,7 @@ UNWANTED_S = 10.0  # after so long a worker that no call waits for any more is g
 WATCH_S = 5.0  # how often it is looked whether the cluster's head is there
 KNOCK_S = 10.0  # for the address to answer
 HEAD_S = 5.0  # how long a head that was there may be gone
+CONNECTS = 3  # attempts to be connected through `ray://`
 ATTEMPTS = 3  # to start a worker: the project changes while it is sent, or the node is lost
 WAIT_S = 600.0  # for Ray to have room for a worker; an autoscaler takes minutes
 
@@ -188,7 +189,7 @@ class RayBackend(Backend):
             level = logger.level
             logger.setLevel(logging.ERROR)
             try:
-                ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", namespace="flowfn")
+                self._connect()
             except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
                 where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
                 raise BackendUnavailable(
@@ -198,6 +199,16 @@ class RayBackend(Backend):
             finally:
                 logger.setLevel(level)
             self._started = True
+
+    def _connect(self) -> None:
+        for attempt in range(CONNECTS):
+            try:
+                ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", namespace="flowfn")
+                return
+            except ConnectionAbortedError as error:
+                # `ray://` starts a process for each client, and gives a busy head half a minute for it.
+                if "Starting Ray client server failed" not in str(error) or attempt == CONNECTS - 1:
+                    raise
 
     def _look_up(self) -> None:
         """Raise BackendUnavailable if the head of the cluster is gone: Ray waits a minute, and then ends this process.
