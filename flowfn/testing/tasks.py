@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -347,10 +346,7 @@ class Tasks(Contract):
         assert task.result(WAIT_S) == "value-of-the-task"
         with Flow() as client:
             client.delete_tasks(task)
-        deadline = time.monotonic() + WAIT_S
-        while left := self.left_over() - before:  # type: ignore[attr-defined]
-            assert time.monotonic() < deadline, left
-            time.sleep(0.05)  # an engine's own processes may end after the task's end is known, and tell nobody
+        assert self.left_since(before) == set()  # type: ignore[attr-defined]
         with pytest.raises(TaskNotFound):
             Task.get(task.task_id)
         for place in self.places():
