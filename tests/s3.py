@@ -36,7 +36,7 @@ class S3Server:
                 *(rclone, "serve", "s3", str(self.root), "--addr", f"127.0.0.1:{self._port}"),
                 *("--auth-key", f"{KEY},{SECRET}", "--config", "/dev/null"),
                 # As good as no caching of directories; with none at all it spends a core on expiring them.
-                *("--dir-cache-time", "1ms", "--poll-interval", "0s", "--vfs-cache-mode", "off"),
+                *("--dir-cache-time", "100us", "--poll-interval", "0s", "--vfs-cache-mode", "off"),
             ],
             stderr=subprocess.PIPE,
             text=True,
