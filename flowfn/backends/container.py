@@ -306,10 +306,9 @@ class ContainerBackend(Backend):
         own = [paths.private_dir(paths.home()), *store.shared_dirs()]
         binds = [bind(path, path, False) for path in dict.fromkeys([*own, *self._share])]
         environ |= {"FLOW_HOME": paths.home(), UPLOAD_LOCAL: "1"}  # the client does not see the container's files
-        if kept := config.load().store:
-            environ["FLOW_STORE"] = kept
+        settings = config.load()
+        environ |= settings.data_environment({}) | ({"FLOW_STORE": settings.store} if settings.store else {})
         if spec.mounts:
-            settings = config.load()
             staged = mounts.stage(
                 [settings.with_options(mount) for mount in spec.mounts],
                 env=spec.environment(os.environ),

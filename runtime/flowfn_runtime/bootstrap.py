@@ -169,6 +169,8 @@ class Start:
             path = f"{place}/bin:{os.environ.get('PATH', os.defpath)}"
             self.env = {"VIRTUAL_ENV": place, "PATH": path, **image["env"], **self.env}
         os.environ.update(self.setup["environ"])
+        if "FLOW_STORE" in self.setup["environ"]:  # it is the client's, too, which does not see this host's files
+            os.environ["FLOW_UPLOAD_LOCAL"] = "1"
         if mounts := self.setup.get("mounts"):
             self._stage(mounts)
 

@@ -17,7 +17,7 @@ import pickle
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import SerializationError
+from .errors import DataError, SerializationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -124,6 +124,8 @@ def _dumps_general(value: Any, *, in_band: bool = False) -> Payload:
         # The bytes themselves, shared and not copied: a view of the stream would outlive it in a reference cycle, and
         # Python 3.13 says so on standard error.
         return Payload(stream.getvalue(), buffers, references)
+    except DataError:
+        raise  # of a file that goes into the store
     except Exception as error:
         raise explain(value, error) from error
     finally:

@@ -97,6 +97,27 @@ def test_mounts(backend: flow.Backend, exact_s3: Any, elsewhere: Look) -> None:
     assert function.submit().result(WAIT_S) == "1"
 
 
+def test_the_store(backend: flow.Backend, exact_s3: Any, elsewhere: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that a worker made is in the result, and then only in the store."""
+    monkeypatch.setenv("FLOW_STORE", f"{exact_s3.url}/store")
+
+    def make() -> Any:
+        import tempfile
+
+        from flowfn_runtime.data.references import File
+
+        path = f"{tempfile.mkdtemp()}/made"
+        with open(path, "w") as file:
+            file.write("there")
+        return File(path)
+
+    function = flow.function(backend=backend, secrets=SECRETS)(make)
+    for made in (function.remote(), function.submit().result(WAIT_S)):
+        with made.open("r") as file:
+            assert file.read() == "there"
+        assert made.url.startswith(exact_s3.url) or backend.name in ("local", "container")  # on this host
+
+
 def test_calls(backend: flow.Backend, elsewhere: Look) -> None:
     function = make(backend)
     function.remote("one ")

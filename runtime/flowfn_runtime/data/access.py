@@ -227,7 +227,15 @@ def explain(error: Exception, url: str) -> DataError:
             hint="a function or task with mounts= has a filesystem of its own: write to a bucket, or mount a volume",
         )
     if isinstance(error, FileNotFoundError):
-        return DataNotFound(f"there is no {shown}", url=shown, hint="check its spelling, and the endpoint or region")
+        here = scheme_of(url) == "file"
+        return DataNotFound(
+            f"there is no {shown}{' on this machine' if here else ''}",
+            url=shown,
+            hint="check its spelling; files of another machine go along with flow.upload, through a store (FLOW_STORE) "
+            "that both reach"
+            if here
+            else "check its spelling, and the endpoint or region",
+        )
     if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         return DataAccessDenied(
             f"no access to {shown}: {text}", url=shown, hint="check the credentials that are in use for it"
