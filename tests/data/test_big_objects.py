@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,7 +36,9 @@ def test_an_object_of_more_than_5_gib(server: tuple[str, str], tmp_path: Path) -
     endpoint, etag = server
     assert etag.endswith("-641")
     source = open_source("s3://big/zeros", {"key": "k", "secret": "s", "endpoint_url": endpoint})
-    with Cache().stage(source) as snapshot:
+    cache = Cache()
+    with cache.stage(source) as snapshot:
         source.close()
         assert snapshot.fetched_bytes == SIZE and os.path.getsize(snapshot.path) == SIZE
         assert matches(snapshot.path, SIZE, etag) is True
+    shutil.rmtree(cache.root)  # pytest keeps what is in tmp_path for a while
