@@ -9,12 +9,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowfn import terminal, threads
+from flowfn import terminal
 from flowfn.clock import Timer, clock
 from flowfn.pool import Ticket
 from flowfn_runtime import exceptions, pickling, wire
 from flowfn_runtime.errors import (
-    BackendError,
     CallCancelled,
     FlowError,
     FunctionTimeout,
@@ -28,6 +27,7 @@ from flowfn_runtime.pickling import Payload
 if TYPE_CHECKING:
     from flowfn.body import Version
     from flowfn.pool import Pool
+    from flowfn.remote_stream import RemoteStream
     from flowfn.retries import Retries
     from flowfn.shared import Shared
     from flowfn.spec import FunctionSpec
@@ -40,7 +40,7 @@ TYPE_ERRORS = (EOFError, ProtocolError)
 
 _numbers = itertools.count(1)
 # Held by who kills a call's worker, and by who gives it back: what is killed must not be another call's by then.
-_ending = threading.Lock()
+ending = threading.Lock()
 _run = os.urandom(4).hex()
 
 
@@ -127,7 +127,7 @@ class Call:
     def cancel(self) -> None:
         """Wherever it is: no longer wanted. A running one loses its worker."""
         self.cancelled = True
-        with _ending:
+        with ending:
             worker, ticket = self.worker, self.ticket
             if worker is not None:
                 worker.kill()
@@ -185,7 +185,7 @@ def execute(call: Call, pool: Pool, *, sleep: bool = True) -> Any:
             raise
         if outcome is None:  # its worker was lost before it started, or to a kill: once more
             continue
-        if isinstance(outcome, RemoteStream) or not outcome.types:
+        if not isinstance(outcome, Outcome) or not outcome.types:
             return outcome
         call.attempt += 1
         delay = retry_delay(outcome.types, call.attempt, call.retries, seed=call.id)
@@ -209,7 +209,7 @@ def _attempt(call: Call, pool: Pool) -> Outcome | RemoteStream | None:
             return Outcome(error=error)
     call.worker = worker
     if call.cancelled:
-        with _ending:
+        with ending:
             call.worker = None
         pool.release(worker)
         return Outcome(error=CallCancelled(f"{call.name} was cancelled"))
@@ -219,10 +219,10 @@ def _attempt(call: Call, pool: Pool) -> Outcome | RemoteStream | None:
         started = start(call, worker)
         outcome = converse(call, worker, pool)
     except TYPE_ERRORS as error:
-        outcome = _lost(call, worker, error, started)
-    if isinstance(outcome, RemoteStream):
+        outcome = lost(call, worker, error, started)
+    if outcome is not None and not isinstance(outcome, Outcome):
         return outcome  # it gives the worker back
-    with _ending:
+    with ending:
         call.worker = None
     if call.logs is not None:
         terminal.end_output(call.number)
@@ -267,6 +267,8 @@ def converse(call: Call, worker: Worker, pool: Pool) -> Outcome | RemoteStream:
             elif kind == wire.BEGIN and call.timeout is not None:
                 timer = clock.later(call.timeout, lambda: _time_is_up(call, worker))
             elif kind == wire.STREAM:
+                from flowfn.remote_stream import RemoteStream
+
                 stream, timer = RemoteStream(call, worker, pool, timer), None
                 return stream
     finally:
@@ -284,13 +286,13 @@ def hear(call: Call, worker: Worker, frame: wire.Frame) -> None:
 
 
 def _time_is_up(call: Call, worker: Worker) -> None:
-    with _ending:
+    with ending:
         if call.worker is worker:
             call.timed_out = True
             worker.kill()
 
 
-def _lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Outcome | None:
+def lost(call: Call, worker: Worker, error: BaseException, started: bool) -> Outcome | None:
     """The outcome of a call whose worker is gone; None: it is to be tried again."""
     lost, by_itself = worker.lost(error)
     for flags, text in zip((0, wire.STDERR), worker.last_words, strict=True):
@@ -323,127 +325,7 @@ def lost_for_good(lost: WorkerLost, name: str, losses: int, by_itself: bool) -> 
     return lost
 
 
-class RemoteStream:
-    """What a generator function's `.remote()` returns: an iterator over the values as they are made.
-
-    The function is never more than a few values ahead of who takes them. `close()`, or leaving the loop and dropping
-    the iterator, ends the function. It can be used in `async for` as well.
-    """
-
-    def __init__(self, call: Call, worker: Worker, pool: Pool, timer: Timer | None) -> None:
-        self._call = call
-        self._worker: Worker | None = worker
-        self._pool = pool
-        self._timer = timer
-        self._taken = 0
-
-    def failed(self) -> None:
-        """As of an Outcome: it did not fail, so far."""
-
-    def error(self) -> None:
-        """As of an Outcome."""
-
-    def value(self) -> RemoteStream:
-        """As of an Outcome."""
-        return self
-
-    def __iter__(self) -> RemoteStream:
-        return self
-
-    def __next__(self) -> Any:
-        worker, call = self._worker, self._call
-        if worker is None or worker.owner is not call:
-            raise StopIteration
-        try:
-            outcome = self._receive(worker)
-        except TYPE_ERRORS as error:
-            call.losses = MAX_LOSSES  # what was yielded can't be taken back, so it is not tried again
-            outcome = _lost(call, worker, error, True)
-            self._give_back()
-        except BaseException:  # Ctrl-C: nobody knows how much was read
-            worker.kill()
-            self._give_back()
-            raise
-        if outcome is None:
-            raise StopIteration
-        return outcome.value()
-
-    def _receive(self, worker: Worker) -> Outcome | None:
-        """The next value, or the error with which the function ended; None: it has returned."""
-        call = self._call
-        while True:
-            frame = worker.stream.receive()
-            if frame.kind == wire.YIELD:
-                self._taken += 1
-                if self._taken >= STREAM_CREDIT:
-                    worker.stream.send(wire.CREDIT, call=call.number, arg=self._taken)
-                    self._taken = 0
-                return Outcome(data=Payload(frame.body, frame.buffers, []))
-            if frame.kind == wire.LOG:
-                hear(call, worker, frame)
-            elif frame.kind == wire.RESULT:
-                self._give_back()
-                return None
-            elif frame.kind == wire.ERROR:
-                self._give_back()
-                return Outcome.of_error_frame(frame.meta, Payload(frame.body, frame.buffers, []))
-
-    def close(self) -> None:
-        """End the function, if it has not ended; the values that are left are dropped."""
-        worker = self._worker
-        if worker is None or worker.owner is not self._call:
-            return
-        # It may be busy with its next value for long: it gets a moment to end by itself.
-        kill = clock.later(1.0, worker.kill)
-        try:
-            worker.stream.send(wire.CLOSE, call=self._call.number)
-            while worker.stream.receive().kind not in (wire.RESULT, wire.ERROR):
-                pass
-        except TYPE_ERRORS:
-            worker.broken = True
-        finally:
-            kill.cancel()
-            self._give_back()
-
-    def _give_back(self) -> None:
-        worker = self._worker
-        if self._timer is not None:
-            self._timer.cancel()
-        with _ending:
-            self._call.worker = None
-        if self._call.logs is not None:
-            terminal.end_output(self._call.number)
-        if worker is not None and worker.owner is self._call:  # if not, it was given back, and Ctrl-C came then
-            self._pool.release(worker)
-        self._worker = None
-
-    def __del__(self) -> None:
-        worker = getattr(self, "_worker", None)
-        if worker is not None and worker.leaving:  # it was ended already
-            worker.close()
-        elif worker is not None:
-            try:
-                threads.start(self.close)  # not here: this may be the garbage collector, in any thread
-            except BackendError:
-                pass  # the interpreter ends, and the worker with it
-
-    def __aiter__(self) -> RemoteStream:
-        return self
-
-    async def __anext__(self) -> Any:
-        import asyncio
-
-        end = object()
-        value = await asyncio.get_running_loop().run_in_executor(None, next, self, end)
-        if value is end:
-            raise StopAsyncIteration
-        return value
-
-
 def forget() -> None:
     """In a forked child: nobody holds the lock."""
-    global _ending
-    _ending = threading.Lock()
-
-
-STREAM_CREDIT = 8  # half of what the worker may be ahead
+    global ending
+    ending = threading.Lock()

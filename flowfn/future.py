@@ -10,7 +10,8 @@ from flowfn import threads
 from flowfn_runtime.errors import CallCancelled
 
 if TYPE_CHECKING:
-    from flowfn.call import Call, Outcome, RemoteStream
+    from flowfn.call import Call, Outcome
+    from flowfn.remote_stream import RemoteStream
 
 R = TypeVar("R")
 _base = concurrent.futures._base
