@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from s3 import S3
 
-from flowfn_runtime.data import volume_bucket, volume_db, volume_locks, volume_sync, volumes
+from flowfn_runtime.data import volume_bucket, volume_db, volume_fetch, volume_locks, volumes
 from flowfn_runtime.errors import ConfigError, VolumeConflict, VolumeError, VolumeInUse, VolumeNotFound
 
 Host = Callable[[str], None]
@@ -295,4 +295,4 @@ with fsspec.open("volume://notes/a", "w") as file:
     code = "import fsspec; print(fsspec.filesystem('volume').cat_file('notes/a').decode())"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "from one\n"
-    assert volume_sync.stored_bytes(volumes.get("notes"), volume_bucket.Bucket(os.environ["FLOW_VOLUMES"])) == 8
+    assert volume_fetch.stored_bytes(volumes.get("notes"), volume_bucket.Bucket(os.environ["FLOW_VOLUMES"])) == 8

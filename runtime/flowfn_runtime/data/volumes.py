@@ -7,7 +7,7 @@ process that inherited it dies, however it dies. So a killed task can't leave a 
 Two kinds of lock: functions, and tasks on `file` volumes, share one; a task on a `block` volume has it to itself.
 
 With `FLOW_VOLUMES=s3://bucket/prefix` the registry and the data are in the bucket (volume_bucket); the directory is a
-working copy (volume_sync): fetched when the first user on this host attaches, written back when a call or task ends
+working copy (volume_copy): fetched when the first user on this host attaches, written back when a call or task ends
 (volume_commit), and when the last user is gone (volume_keeper).
 """
 
@@ -203,9 +203,9 @@ def delete(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
 def usage_bytes(volume: Volume) -> int:
     """The disk space that the volume's files take, in bytes, as `du` counts it (in a bucket: their sizes)."""
     if bucket := _bucket():
-        from . import volume_sync
+        from . import volume_fetch
 
-        return volume_sync.stored_bytes(volume, bucket)
+        return volume_fetch.stored_bytes(volume, bucket)
     return volume_files.usage_bytes(volume.path)
 
 
@@ -277,7 +277,7 @@ def attach(
 
 def _acquire_copy(volume: Volume, bucket: Bucket, *, exclusive: bool, wait: bool) -> int:
     """The lock on a working copy that is up to date. Where it is in use on this host, it stays as it is."""
-    from . import volume_sync
+    from . import volume_fetch
 
     try:
         # Alone at first: nobody may be reading while it changes.
@@ -287,7 +287,7 @@ def _acquire_copy(volume: Volume, bucket: Bucket, *, exclusive: bool, wait: bool
             raise
         return volume_locks.acquire(volume, exclusive=False, wait=wait)
     try:
-        volume_sync.fetch(volume, bucket)
+        volume_fetch.fetch(volume, bucket)
         if not exclusive:
             volume_locks.share(fd)
     except BaseException:
