@@ -195,9 +195,9 @@ def _snapshot(root: str, since: float | None = None) -> Snapshot:
 
 
 def _signature(root: str) -> Signature:
-    from flowfn_runtime import project
+    from flowfn_runtime import projectwalk
 
-    walked = project._walk(root, set(_excluded()))
+    walked = projectwalk.walk(root, set(_excluded()))
     return tuple(sorted((path, s.st_mtime_ns, s.st_size, s.st_ino, s.st_mode) for path, s, _ in walked))
 
 
