@@ -43,6 +43,7 @@ _VARIABLES = {
 }
 # Besides, FLOW_STORAGE holds the table `storage` as JSON.
 _STRINGS = frozenset(_VARIABLES.values())
+_SERVERS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")  # no secrets
 _TABLES = frozenset({"storage", "backends"})
 _PROJECT = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
@@ -64,8 +65,12 @@ class Config(NamedTuple):
         return f"Config(backend={self.backend!r}, project={self.project!r}, region={self.region!r}, gpus={self.gpus!r})"
 
     def storage_options(self, url: str) -> dict[str, Any]:
-        """The options configured for `url`: those of the longest prefix that matches at a path boundary."""
-        return runtime.options_for(url, self.storage)
+        """The options configured for `url`: those of the longest prefix that matches at a path boundary, over fsspec's
+        own for the protocol."""
+        from flowfn_runtime.data.credentials import fsspec_options
+
+        protocol = url.partition("://")[0] if "://" in url else "file"
+        return {**fsspec_options(protocol, os.environ), **runtime.options_for(url, self.storage)}
 
     def with_options(self, mount: Mount) -> Mount:
         """The mount with the options configured for its source, for a process that has no such configuration."""
@@ -76,19 +81,19 @@ class Config(NamedTuple):
         return replace(mount, storage_options={**configured, **(mount.storage_options or {})})
 
     def data_environment(self, env: Mapping[str, str]) -> dict[str, str]:
-        """Variables that tell a process elsewhere where the volumes and the store are, if that is in a bucket.
+        """Variables that tell a process elsewhere where buckets are, and the volumes and the store if they are in one.
 
-        `env`: the variables of the call or task that uses them: they may say who asks there.
+        `env`: the variables of the call or task that uses them: they may say who asks there. Who this process is, it
+        tells nobody by itself.
         """
         import json
 
         places = {"FLOW_STORE": self.store, "FLOW_VOLUMES": self.volumes}
         told = {name: url for name, url in places.items() if url and "://" in url and not url.startswith("file:")}
-        if not told:
-            return {}
         if storage := {url: options for url in told.values() if (options := self.storage_options(url))}:
             told["FLOW_STORAGE"] = json.dumps(storage)
-        return told | {name: value for name, value in env.items() if name.startswith("AWS_")}
+        servers = {name: os.environ[name] for name in _SERVERS if name in os.environ}
+        return servers | told | ({name: env[name] for name in env if name.startswith("AWS_")} if told else {})
 
 
 def load(*, cwd: str | None = None) -> Config:

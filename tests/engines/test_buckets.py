@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import fsspec.config
 import podman
 import pytest
 from slurm_cluster import SlurmCluster
@@ -85,7 +86,18 @@ def make(backend: flow.Backend) -> Any:
     return flow.function(backend=backend, mounts={"/notes": "volume://notes"}, secrets=SECRETS)(note)
 
 
-def test_mounts(backend: flow.Backend, exact_s3: Any, elsewhere: Look) -> None:
+@pytest.mark.parametrize("how", ["flow", "fsspec", "environment"])
+def test_mounts(
+    backend: flow.Backend, exact_s3: Any, elsewhere: Look, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = exact_s3.options["endpoint_url"]
+    if how != "flow":
+        (tmp_path / "client" / "config.toml").unlink()
+    if how == "fsspec":
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint})
+        monkeypatch.setenv("FSSPEC_S3_REGION", "us-east-1")
+    elif how == "environment":
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
     exact_s3.put("set/a", b"1")
 
     def read() -> str:
