@@ -6,7 +6,6 @@ starts elsewhere gets them as variables.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,8 +26,11 @@ def _store() -> str | None:
 
 
 def _storage(url: str) -> Mapping[str, Any]:
-    text = os.environ.get("FLOW_STORAGE")
-    return options_for(url, json.loads(text)) if text else {}
+    if not (text := os.environ.get("FLOW_STORAGE")):
+        return {}
+    import json
+
+    return options_for(url, json.loads(text))
 
 
 project: Callable[[], str] = _project  # whose volumes and tasks are meant where none is named

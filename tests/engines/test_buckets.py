@@ -5,6 +5,8 @@ What a worker wrote to such a volume is in the bucket when its call or task is o
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,27 @@ def test_mounts(
     function = flow.function(backend=backend, mounts=f"{exact_s3.url}/set/", secrets=SECRETS)(read)
     assert function.remote() == "1"
     assert function.submit().result(WAIT_S) == "1"
+
+
+def test_lazy_mounts(backend: flow.Backend, exact_s3: Any, elsewhere: Look) -> None:
+    for name in ("a", "b"):
+        exact_s3.put(f"set/{name}", name.encode() * 3_000_000)
+
+    def read() -> tuple[list[str], bytes]:
+        import os
+
+        with open("/data/b", "rb") as file:
+            file.seek(2_999_998)
+            return sorted(os.listdir("/data")), file.read()
+
+    mount = flow.Mount(f"{exact_s3.url}/set/", "/data", mode="lazy")
+    function = flow.function(backend=backend, mounts=[mount], secrets=SECRETS)(read)
+    if backend.name == "ssh" and not os.stat("/dev/fuse").st_mode & stat.S_IWOTH:  # it logs in as nobody special
+        with pytest.raises(flow.SandboxError, match="can't mount by FUSE"):
+            function.remote()
+        return
+    assert function.remote() == (["a", "b"], b"bb")
+    assert function.submit().result(WAIT_S) == (["a", "b"], b"bb")
 
 
 def test_the_store(backend: flow.Backend, exact_s3: Any, elsewhere: Look, monkeypatch: pytest.MonkeyPatch) -> None:
