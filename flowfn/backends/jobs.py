@@ -11,32 +11,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from flowfn_runtime.errors import FlowError, ResourceUnavailable
+from flowfn_runtime.taskstate import More as More
+from flowfn_runtime.taskstate import State as State
 
 if TYPE_CHECKING:
     from flowfn.plan import Draft
 
 CHUNK_BYTES = 1 << 22  # how much of a file is asked for at a time
-
-
-class State(NamedTuple):
-    """How a task is there."""
-
-    state: str  # one of taskdb.STATES
-    reason: str = ""
-    exit_code: int | None = None
-    started_at: float | None = None
-    ended_at: float | None = None
-    attempts: int = 0
-
-
-class More(NamedTuple):
-    """What was added to a task's files."""
-
-    added: Mapping[str, bytes]
-    ended: bool  # the task has ended, and this is all
 
 
 class Jobs(ABC):
@@ -115,12 +99,15 @@ main()
 """
 
 
-def starting(module: str, runtime: str, *arguments: str, python: str | None = None) -> list[str]:
-    """The command line that runs a module of the runtime that lies there, by the right Python (see `loader`)."""
+def starting(module: str, *arguments: str, python: str | None = None) -> list[str]:
+    """The command line that runs a module of the runtime, by the right Python (see `loader`).
+
+    The first argument, if not here then appended there, is where the runtime lies.
+    """
     from flowfn import loader
 
     text = _START % (", ".join(map(str, sys.version_info[:2])), module)
-    return loader.starting(text, runtime, *arguments, python=python)
+    return loader.starting(text, *arguments, python=python)
 
 
 def contents(jobs: Jobs, task_id: str, name: str) -> Iterator[bytes]:

@@ -22,7 +22,7 @@ from flowfn.backends import openssh, slurm_queue, stream
 from flowfn.backends.base import Backend, Connection, Exit
 from flowfn.clock import clock
 from flowfn.slurm_options import Slurm
-from flowfn_runtime import paths
+from flowfn_runtime import paths, slurmsays
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 if TYPE_CHECKING:
@@ -133,12 +133,12 @@ class SlurmConnection(stream.StreamConnection):
             return how
         # Killed, or lost without a word: what Slurm did to the job.
         said = self.said(1000)
-        words = slurm_queue.end_of(said)
+        words = slurmsays.end_of(said)
         if words is None and (job := self.backend.queue.job(self.name)) is not None:
-            words = slurm_queue.end_of(f"{job.state} {job.reason}")
+            words = slurmsays.end_of(f"{job.state} {job.reason}")
         if words is None:
             return how
-        limit = self.memory if words == slurm_queue.OOM else None
+        limit = self.memory if words == slurmsays.OOM else None
         detail = f"Slurm job {self.job} {words}" if self.job else f"its Slurm job {words}"
         return Exit(how.exitcode, limit, how.peak_bytes, how.output, detail)
 
@@ -196,10 +196,10 @@ class _Start:
         if login is not None and (failure := login.explain(status, said)):
             self.again = "no more sessions" in str(failure) or openssh.lost_connection(said)
             return failure
-        words = slurm_queue.end_of(said)
+        words = slurmsays.end_of(said)
         if words is None:
-            return slurm_queue.meaning(said, self.asked, self.backend.there())
-        self.again = words == slurm_queue.NOT_LAUNCHED or (connection.node != "" and words != slurm_queue.OOM)
+            return slurmsays.meaning(said, self.asked, self.backend.there())
+        self.again = words == slurmsays.NOT_LAUNCHED or (connection.node != "" and words != slurmsays.OOM)
         what = f"Slurm job {connection.job}" if connection.job else "its Slurm job"
         return BackendUnavailable(f"a worker did not start: {what} {words}\n{said.strip()}")
 
@@ -225,6 +225,7 @@ class SlurmBackend(Backend):
         self._watching = False
         self._news = False  # another job waits since the queue was looked at
         self._closed = 0  # how often
+        self._jobs: Jobs | None = None
 
     # the contract
 
@@ -272,23 +273,29 @@ class SlurmBackend(Backend):
         for connection in live:
             connection.let_go(deadline)
         self.queue.close()
+        if self._jobs is not None:
+            self._jobs.close()
 
     def jobs(self) -> Jobs:
-        if self.queue.login is not None:
-            raise ConfigError(
-                f"tasks can't be submitted from outside the cluster yet: {self.queue.login} is a login node elsewhere",
-                hint='submit them there, with backend="slurm"; calls and maps work from here',
-            )
-        from flowfn.backends.slurm_tasks import SlurmJobs
+        from flowfn.backends.slurm_tasks import LoginJobs, SlurmJobs
 
-        home = os.path.abspath(os.path.expanduser(self.options.home)) if self.options.home else paths.home()
-        return SlurmJobs({"backend": "slurm", "home": home}, self)
+        if self._jobs is None:
+            options = self.options
+            if options.login is not None:
+                config = options.ssh_config and os.path.abspath(os.path.expanduser(options.ssh_config))
+                place = {"backend": "slurm", "login": options.login, "ssh_config": config}
+                there = {"home": options.home, "cache": options.cache, "python": options.python}
+                self._jobs = LoginJobs({**place, **there}, options)
+            else:
+                home = os.path.abspath(os.path.expanduser(options.home)) if options.home else paths.home()
+                self._jobs = SlurmJobs({"backend": "slurm", "home": home}, self)
+        return self._jobs
 
     @classmethod
     def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:
-        from flowfn.backends.slurm_tasks import SlurmJobs
+        from flowfn.backends.slurm_tasks import LoginJobs, SlurmJobs
 
-        return SlurmJobs(place)
+        return LoginJobs(place) if "login" in place else SlurmJobs(place)
 
     # what there is
 
@@ -324,12 +331,8 @@ class SlurmBackend(Backend):
 
     def environment(self) -> dict[str, str]:
         """For srun, which hands it on to the worker. The shell that looks for Python there finds this one first."""
-        environ = slurm_queue.environment()
-        if self.queue.login is not None:
-            return environ  # ssh's, which keeps it to itself
-        if self.options.python is None and sys.executable:
-            environ["PATH"] = f"{os.path.dirname(sys.executable)}:{environ.get('PATH', os.defpath)}"
-        return environ
+        # On a login node it is ssh's, which keeps it to itself.
+        return slurmsays.environment(python_first=self.queue.login is None and self.options.python is None)
 
     # jobs that wait
 
@@ -386,7 +389,7 @@ class SlurmBackend(Backend):
                     self._changed.wait(ROOM_S if made_room else pause)
                     pause = min(pause * 1.5, LOOK_S[1])
 
-    def _judge(self, connection: SlurmConnection, job: slurm_queue.Job) -> None:
+    def _judge(self, connection: SlurmConnection, job: slurmsays.Job) -> None:
         from flowfn import pools
 
         if job.state != "PENDING":
@@ -397,7 +400,7 @@ class SlurmBackend(Backend):
             if sys.stderr is not None and sys.stderr.isatty():
                 text = f"waits in Slurm's queue: {job.reason}\n"
                 terminal.show_output("slurm", 0, connection.label, text.encode(), True)
-        if slurm_queue.hopeless(job.reason):
+        if slurmsays.hopeless(job.reason):
             connection.failure = ResourceUnavailable(
                 f"Slurm job {job.number} (asked for {connection.start.asked}) would wait for ever: {job.reason}",
                 hint=f"the cluster has: {self.there()}",

@@ -1,4 +1,4 @@
-"""Slurm's commands: what the cluster has, how this client's jobs are, and the end of all of them with the client.
+"""What is known of a cluster and of this client's jobs there, and the end of all of them with the client.
 
 One `squeue` answers for all jobs, whoever asks; who asks while one runs shares the next.
 """
@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flowfn.slurm_options import SINFO, Node, allocated, nodes_of
-from flowfn_runtime.errors import BackendUnavailable, FlowError, ResourceUnavailable
+from flowfn_runtime.errors import FlowError
+from flowfn_runtime.slurmsays import COMMAND_S, SQUEUE, Job, environment, jobs_of, run
 
 if TYPE_CHECKING:
     from flowfn.backends.slurm_login import Login
 
-COMMAND_S = 60.0  # a controller that takes longer than this to answer is not there
-SQUEUE_S = 10.0  # the same where the answer is not worth more of a wait
-# What a user may have set for runs of their own, and would come between a worker and its stream.
-_NOT_OURS = ("LABELIO", "STDINMODE", "STDOUTMODE", "STDERRMODE", "MULTI_PROG", "THREADS", "WAIT", "NTASKS", "NPROCS")
+SQUEUE_S = 10.0  # how long an answer about jobs is waited for, which is not worth more
 NODES_S = 30.0  # how long what sinfo said is good for
-SQUEUE = "%j|%A|%T|%N|%m|%r"  # name, number, state, nodes, memory, reason; the last may hold anything
 
 # A client that is killed can't cancel its jobs. This shell does: its standard input ends with the client.
 _GUARD = """
@@ -36,208 +31,6 @@ while read -r _; do :; done
 ids=$(squeue -h -u "$1" -o '%j %A' | sed -n "s/^$2-[0-9]* //p")
 [ -z "$ids" ] || exec scancel -Q $ids
 """
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job as squeue says."""
-
-    name: str
-    number: str
-    state: str  # PENDING, RUNNING, COMPLETED, CANCELLED, PREEMPTED, NODE_FAIL, TIMEOUT, OUT_OF_MEMORY, ...
-    nodes: str
-    memory: str  # asked for, "300M"
-    reason: str  # why it waits or failed
-
-    @property
-    def over(self) -> bool:
-        return self.state not in ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING", "REQUEUED")
-
-
-def jobs_of(listing: str) -> dict[str, Job]:
-    """The jobs in what `squeue -h -o SQUEUE` printed, by name; of several of a name the last."""
-    jobs = {}
-    for line in listing.splitlines():
-        fields = line.strip().split("|", 5)
-        if len(fields) == 6:
-            jobs[fields[0]] = Job(*fields)
-    return jobs
-
-
-def environment() -> dict[str, str]:
-    """This process's environment for Slurm's commands.
-
-    Within a job Slurm's commands would take what they find there of that job for options, so that is left out.
-    """
-    ours = {f"SLURM_{name}" for name in _NOT_OURS}
-    environ = {name: value for name, value in os.environ.items() if name not in ours}
-    if "SLURM_JOB_ID" in environ:
-        told = ("SLURM_", "SLURMD_", "PMI_", "PMIX_")
-        environ = {k: v for k, v in environ.items() if not k.startswith(told) or k == "SLURM_CONF"}
-    return environ
-
-
-def run(*argv: str, timeout: float = COMMAND_S, login: Login | None = None) -> str:
-    """What one of Slurm's commands prints, here or on a login node.
-
-    Raises BackendUnavailable, or ResourceUnavailable for what it refuses.
-    """
-    try:
-        done = subprocess.run(
-            login.command(argv) if login else argv,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
-    except OSError as error:
-        raise missing(argv[0], error) from None
-    except subprocess.TimeoutExpired:
-        raise BackendUnavailable(
-            f"Slurm does not answer: {argv[0]} took longer than {timeout:g} s",
-            hint="is slurmctld running? scontrol ping",
-        ) from None
-    if done.returncode:
-        if login and (failure := login.explain(done.returncode, done.stderr)):
-            raise failure
-        raise meaning(done.stderr) or BackendUnavailable(f"{argv[0]} failed:\n{done.stderr.strip()}")
-    return done.stdout
-
-
-def missing(command: str, error: OSError) -> BackendUnavailable:
-    """What to raise where Slurm's commands are not."""
-    if shutil.which(command) is not None:
-        return BackendUnavailable(f"{command} can't be started: {error.strerror}")
-    return BackendUnavailable(
-        f"there is no {command} here: Slurm's commands are not installed, or not on PATH",
-        hint="run this on a login node of the cluster (load its slurm module), or install Slurm's client: "
-        "apt-get install slurm-client",
-    )
-
-
-_UNREACHABLE = (
-    (
-        r"Unable to contact slurm controller|slurm_load_\w+ error|Connection (?:refused|timed out)|Socket timed out",
-        "Slurm's controller can't be reached",
-        "is slurmctld running? scontrol ping",
-    ),
-    (
-        r"Could not establish a configuration source|cannot stat file|[Uu]nable to process configuration",
-        "Slurm's commands find no configuration",
-        "is this a login node of the cluster? SLURM_CONF names its slurm.conf",
-    ),
-    (
-        r"[Mm]unge|Protocol authentication error|Invalid authentication credential|[Aa]uthenticat",
-        "Slurm does not know who this is: its authentication failed",
-        "is munged running here, with the cluster's key and clock?",
-    ),
-    (
-        r"Slurm temporarily unable to accept job|Unable to confirm allocation|Zero Bytes were transmitted",
-        "Slurm takes no jobs at the moment",
-        "try again later; scontrol ping says how the controller is",
-    ),
-)
-_REFUSED = (
-    (r"[Ii]nvalid partition(?: name)? specified", "there is no such partition", "partition"),
-    (
-        r"[Ii]nvalid account|account/partition combination|[Aa]ccount not permitted",
-        "that account may not be used",
-        "account",
-    ),
-    (r"[Ii]nvalid qos|QOS not permitted", "that quality of service may not be used", "qos"),
-    (r"[Ii]nvalid feature specification", "no node has such features", "constraint"),
-    (
-        r"[Rr]eservation (?:is invalid|name)|[Rr]equested reservation",
-        "there is no such reservation, or not for this user",
-        "reservation",
-    ),
-    (
-        r"[Tt]ime limit (?:is )?(?:invalid|exceed|specification)|Requested time limit",
-        "the time limit is not accepted",
-        "time",
-    ),
-    (r"[Ii]nvalid generic resource|[Ii]nvalid Trackable RESource", "no node has such GPUs", "gpu"),
-    (
-        r"Memory specification can ?not be satisfied|Requested node configuration is not available|CPU count per node",
-        "no node has all of that",
-        "",
-    ),
-    (r"[Ii]nvalid node name", "there is no such node", "extra"),
-    (
-        r"AssocMaxSubmitJobLimit|QOSMaxSubmitJob|violates accounting/QOS policy|job limit",
-        "the account's limits don't allow it",
-        "",
-    ),
-    (
-        r"User.s group not permitted|Access/permission denied|user name not permitted",
-        "this user may not use that partition",
-        "partition",
-    ),
-    (
-        r"(?:invalid|unrecognized|unknown|ambiguous) option|Invalid (?:--)?\S+ specification",
-        "srun does not take these options",
-        "extra",
-    ),
-)
-
-
-def meaning(said: str, asked: str = "", there: str = "") -> FlowError | None:
-    """What to raise for what Slurm's commands said, if it is known. `asked`: the options; `there`: what there is."""
-    for pattern, message, hint in _UNREACHABLE:
-        if re.search(pattern, said):
-            return BackendUnavailable(f"{message}:\n{_errors(said)}", hint=hint)
-    for pattern, message, option in _REFUSED:
-        if re.search(pattern, said):
-            text = f"Slurm refused: {message}" + (f" (asked for {asked})" if asked else "") + f":\n{_errors(said)}"
-            hint = f"set {option}= to what the cluster has" if option else "ask for less, or name another partition="
-            return ResourceUnavailable(text, hint=f"{hint}: {there}" if there else hint)
-    return None
-
-
-def _errors(said: str) -> str:
-    """The lines that matter."""
-    lines = [line for line in said.splitlines() if "error" in line or "fatal" in line] or said.splitlines()
-    return "\n".join(lines[-4:])
-
-
-# Reasons that don't pass by waiting: they ask for what will never be.
-_HOPELESS = re.compile(
-    r"BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PartitionNodeLimit|PartitionTimeLimit|"
-    r"[Aa]ccount not|QOS not|PartitionConfig|JobArrayTaskLimit|MaxMemPerLimit|MaxCpuPerJob|MaxNodePerJob|MaxGRESPerJob|"
-    r"MaxTRESPerJob|MaxWallDuration|Dependency never|DependencyNeverSatisfied|more than the partition|not permitted"
-)
-
-
-def hopeless(reason: str) -> bool:
-    """Whether a job that waits for this reason would wait for ever."""
-    return _HOPELESS.search(reason) is not None
-
-
-OOM = "went over its memory limit"
-CANCELLED = "was cancelled from outside"
-NOT_LAUNCHED = "could not be launched"
-# Of a job that ended: its state, or what srun and slurmstepd said -> what happened to it.
-_ENDS = (
-    (r"PREEMPT", "was preempted"),
-    (r"TIME LIMIT|TIMEOUT|DEADLINE", "went over the time limit of its job"),
-    (r"NODE FAILURE|NODE_FAIL|Node failure|node_fail", "lost its node"),
-    (r"OUT_OF_MEMORY|oom[-_ ]kill|OOM[ -]Killed|[Ee]xceeded (?:job |step )?memory limit", OOM),
-    # A controller that crashed may give the number of a job that ended once more, and nodes don't take it then.
-    (r"BOOT_FAIL|LAUNCH_FAILED|credential revoked", NOT_LAUNCHED),
-    (r"REQUEUE", "was requeued"),
-    (r"CANCELLED|Force Terminated|has been revoked|was cancell?ed|been cancell?ed", CANCELLED),
-)
-
-
-def end_of(text: str) -> str | None:
-    """What happened to a job, in words, from its state or from what was said; None if nothing special did."""
-    for pattern, words in _ENDS:
-        if re.search(pattern, text):
-            return words
-    return None
 
 
 class Queue:
@@ -262,7 +55,9 @@ class Queue:
 
     def run(self, *argv: str, timeout: float = COMMAND_S) -> str:
         """What one of Slurm's commands prints, there where the cluster is."""
-        return run(*argv, timeout=timeout, login=self.login)
+        if self.login is None:
+            return run(*argv, timeout=timeout)
+        return run(*self.login.command(argv), timeout=timeout, name=argv[0], explain=self.login.explain)
 
     def nodes(self) -> list[Node]:
         """What the cluster has. Raises BackendUnavailable."""

@@ -43,7 +43,7 @@ def main() -> None:
     os.environ.update(plan["environ"])
     os.environ["FLOW_HOME"] = plan["home"]
     if plan["cache"]:
-        os.environ["FLOW_CACHE"] = plan["cache"]
+        os.environ["FLOW_CACHE"] = os.path.expanduser(plan["cache"])
     sys.exit(_rank(directory, plan) if what == "rank" else _run(directory, plan))
 
 

@@ -2,7 +2,8 @@
 
 The client sends a request in a SETUP frame, `{"do": name, ...}`, perhaps with a body. It is answered by a NEWS frame
 with `answer` and perhaps a body, or by an ERROR; before that, to start a task, by questions for the project's files.
-The tasks are this host's own, in its register and under supervisors of their own; they outlive this process.
+The tasks are this host's own, in its register and under supervisors of their own; they outlive this process. With `of`
+in a request, "slurm", they are those of the cluster whose login node this is (`slurmserver`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import exceptions, limits, project, taskdb, taskdir, tasklogs, taskstart, wire
@@ -42,7 +43,7 @@ def serve(stream: wire.Stream, client: Client) -> None:
             return
         request = json.loads(frame.meta)
         try:
-            answer, body = _DO[request.pop("do")](client, frame.body, **request)
+            answer, body = _requests(request.pop("of", None))[request.pop("do")](client, frame.body, **request)
         except EOFError:
             return
         except Exception as error:
@@ -52,6 +53,14 @@ def serve(stream: wire.Stream, client: Client) -> None:
             stream.send(wire.ERROR, body=payload.data, buffers=payload.buffers)
         else:
             stream.send(wire.NEWS, meta=json.dumps({"answer": answer}).encode(), body=body)
+
+
+def _requests(of: str | None) -> Mapping[str, Callable[..., tuple[Any, bytes]]]:
+    if of is None:
+        return _DO
+    from . import slurmserver
+
+    return slurmserver.DO
 
 
 def _check(client: Client, body: Any, wanted: dict[str, Any]) -> tuple[Any, bytes]:

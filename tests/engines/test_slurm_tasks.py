@@ -17,11 +17,11 @@ from slurm_cluster import SlurmCluster, find
 
 import flowfn as flow
 from flowfn.backends.slurm import SlurmBackend
-from flowfn.backends.slurm_queue import Job
-from flowfn.backends.slurm_tasks import NAME, judge
 from flowfn.client import Flow
 from flowfn.task import Task
 from flowfn.testing import Meeting
+from flowfn_runtime.slurmsays import Job
+from flowfn_runtime.slurmstate import NAME, judge
 
 WAIT_S = 60.0
 

@@ -9,8 +9,8 @@ import pytest
 
 import flowfn as flow
 from flowfn import slurm_options as so
-from flowfn.backends import slurm_queue
 from flowfn.spec import FunctionSpec
+from flowfn_runtime import slurmsays
 from flowfn_runtime.gpu_request import parse_gpu
 
 LISTING = """\
@@ -155,12 +155,12 @@ def test_options_that_are_not_accepted(option: str, value: Any) -> None:
 
 
 def test_jobs() -> None:
-    jobs = slurm_queue.jobs_of(
+    jobs = slurmsays.jobs_of(
         "flowfn-1|12|PENDING||500M|ReqNodeNotAvail, UnavailableNodes:n[1|2]\nflowfn-2|13|RUNNING|n1|0|None\nnoise\n"
     )
     assert jobs["flowfn-1"].reason == "ReqNodeNotAvail, UnavailableNodes:n[1|2]" and not jobs["flowfn-1"].over
     assert jobs["flowfn-2"].nodes == "n1"
-    assert slurm_queue.jobs_of("a|1|CANCELLED|||x")["a"].over
+    assert slurmsays.jobs_of("a|1|CANCELLED|||x")["a"].over
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_jobs() -> None:
     ],
 )
 def test_reasons_that_do_not_pass(reason: str, never: bool) -> None:
-    assert slurm_queue.hopeless(reason) is never
+    assert slurmsays.hopeless(reason) is never
 
 
 @pytest.mark.parametrize(
@@ -200,5 +200,5 @@ def test_reasons_that_do_not_pass(reason: str, never: bool) -> None:
     ],
 )  # fmt: skip
 def test_what_happened_to_a_job(said: str, words: str | None) -> None:
-    found = slurm_queue.end_of(said)
+    found = slurmsays.end_of(said)
     assert found is None if words is None else found is not None and words in found
