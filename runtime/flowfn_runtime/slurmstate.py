@@ -45,6 +45,8 @@ def judge(job: Job | None, facts: Mapping[str, Any]) -> State:
     reason: str
     if facts.get("cancel") is not None:
         state, reason, code = taskdb.CANCELLED, facts["cancel"], None
+    elif words == slurmsays.CANCELLED and job is not None and job.reason.startswith("Dependency"):
+        reason, code = "it depends on a task that did not complete", None
     elif words == slurmsays.CANCELLED or said.startswith("COMPLETING"):
         state, reason, code = taskdb.CANCELLED, f"{which} was cancelled from outside", None
     elif words is not None:
@@ -68,16 +70,26 @@ def listed(ids: Collection[str]) -> dict[str, Job]:
     return {task_id: jobs[task_id] for task_id in ids if task_id in jobs}
 
 
-def accounted(ids: Collection[str]) -> dict[str, Job]:
-    """The tasks' jobs that Slurm's accounting knows, where there is such a thing."""
-    names = ",".join(f"{NAME}{task_id}" for task_id in ids)
+def accounted(numbers: Mapping[str, str]) -> dict[str, Job]:
+    """The jobs of tasks that Slurm's accounting knows, where there is such a thing: by task, given their numbers.
+
+    Those whose number is not known ("") are asked for by name: then it tells of jobs only that once could have begun.
+    """
+    if not numbers:
+        return {}
+    names = ",".join(f"{NAME}{task_id}" for task_id in numbers)
+    known = [number for number in numbers.values() if number]
+    which = [["-j", ",".join(known)]] if known else []
+    which += [["-S", "now-30days"]] if len(known) < len(numbers) else []
     environ = {**slurmsays.environment(), "SLURM_TIME_FORMAT": "%s"}
-    words = ("sacct", "-n", "-P", "-X", "-S", "now-30days", f"--name={names}", "-o", SACCT)
-    try:
-        said = slurmsays.run(*words, environ=environ)
-    except FlowError:
-        return {}  # no accounting here
-    return {name.removeprefix(NAME): job for name, job in accounts_of(said).items()}
+    found: dict[str, Job] = {}
+    for words in which:
+        try:
+            said = slurmsays.run("sacct", "-n", "-P", "-X", *words, f"--name={names}", "-o", SACCT, environ=environ)
+        except FlowError:
+            return {}  # no accounting here
+        found = accounts_of(said) | found
+    return {name.removeprefix(NAME): job for name, job in found.items()}
 
 
 def accounts_of(listing: str) -> dict[str, Job]:

@@ -65,7 +65,7 @@ class Tasks:
         try:
             taskdir.write_private(directory, "submitted", b"")
         except FileExistsError:  # by who was asked before, and could not say what came of it
-            if listed([task_id]) or accounted([task_id]) or self._read(task_id)[0]:
+            if listed([task_id]) or accounted({task_id: ""}) or self._read(task_id)[0]:
                 return
             error = BackendUnavailable("it is not known whether Slurm has the task's job")
             error.uncertain = True
@@ -126,7 +126,7 @@ class Tasks:
             return found
         try:
             jobs = listed(rest)
-            past = {} if len(jobs) == len(rest) else accounted([task_id for task_id in rest if task_id not in jobs])
+            past = accounted({task_id: self._number(task_id) for task_id in rest if task_id not in jobs})
         except BackendUnavailable as error:
             return found | dict.fromkeys(rest, error)
         for task_id in rest:
@@ -178,6 +178,14 @@ class Tasks:
             return time.time() - os.stat(os.path.join(directory, "submitted")).st_mtime < slurmsays.COMMAND_S
         except FileNotFoundError:
             return False
+
+    def _number(self, task_id: str) -> str:
+        """Its job's, "" if nobody has written it down."""
+        try:
+            with open(os.path.join(self._directory(task_id), "number")) as file:
+                return file.read().partition(";")[0]  # after it, the cluster's name
+        except FileNotFoundError:
+            return ""
 
     def read(self, task_id: str, name: str, offset: int) -> bytes:
         """A piece of one of its files."""

@@ -57,7 +57,8 @@ def _run(directory: str, plan: dict[str, Any]) -> int:
     os.mkdir(os.path.join(directory, "scratch"), 0o700)
     job = Job(directory, lock, {**plan, "after": []}, before.get("attempts", 0))
     ended = job.run()
-    return 0 if ended.state == "completed" else 1
+    code = ended.exit_code or 0
+    return 0 if ended.state == taskdb.COMPLETED else code if 0 < code < 256 else 1
 
 
 def _lock(path: str) -> int:

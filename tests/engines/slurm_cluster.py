@@ -20,8 +20,9 @@ from typing import Any
 
 import flowfn as flow
 
+ACCOUNTING = ("sacct", "slurmdbd", "mariadbd", "mariadb-install-db")
 PROGRAMS = ("slurmctld", "slurmd", "srun", "squeue", "sinfo", "scancel", "scontrol", "sbatch")
-PACKAGES = "apt-get install --no-install-recommends slurm-wlm"
+PACKAGES = "apt-get install --no-install-recommends slurm-wlm slurmdbd mariadb-server"
 START_S = 30.0
 # Of a cluster with a node that is apart; tests that run beside this one have networks of their own.
 _BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -29,9 +30,9 @@ NETWORK, LINK = f"flowfn-slurm-{_BESIDE}", f"fnslurm{_BESIDE}"
 CONTROLLER, AWAY = f"10.94.{_BESIDE}.1", f"10.94.{_BESIDE}.2"
 
 
-def why_not() -> str | None:
+def why_not(*, accounting: bool = False) -> str | None:
     """Why there can be no Slurm here, or None."""
-    if missing := [program for program in PROGRAMS if find(program) is None]:
+    if missing := [program for program in PROGRAMS + ACCOUNTING * accounting if find(program) is None]:
         return f"there is no {missing[0]} ({PACKAGES})"
     return None if os.getuid() == 0 else "only root can start slurmd, and make device files for its GPUs"
 
@@ -47,9 +48,11 @@ class SlurmCluster:
     CPUS = 16
     MEMORY_MIB = 16000
 
-    def __init__(self, *, apart: bool = False) -> None:
-        """`apart`: n3 is in a network of its own, with a link that can be cut."""
+    def __init__(self, *, apart: bool = False, accounting: bool = False) -> None:
+        """`apart`: n3 is in a network of its own, with a link that can be cut. `accounting`: there is `sacct`, and the
+        controller forgets a job two seconds after its end."""
         self.apart = apart
+        self.accounting = Accounting() if accounting else None
         self.root = Path(tempfile.mkdtemp(prefix="slurm-test-", dir="/tmp"))
         self.root.chmod(0o755)
         self.conf = self.root / "slurm.conf"
@@ -89,7 +92,7 @@ SlurmdLogFile={self.root}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{self._account()}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
@@ -115,11 +118,21 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
             f"NodeName=n2 Name=gpu Type=h100 File={self.root}/nvidia0\n"
         )
         (self.root / "state").mkdir()
+        if self.accounting is not None:
+            self.accounting.serve(self.environ)
         self.start_controller(wait=False)
         for name in ("n1", "n2", "n3"):
             self.start_node(name)
         self._wait_until_up()
         return self
+
+    def _account(self) -> str:
+        """What the configuration says of accounting, which runs from here on."""
+        if self.accounting is None:
+            return "AccountingStorageType=accounting_storage/none"
+        port = self.accounting.start(self.root)
+        where = f"AccountingStorageHost=127.0.0.1\nAccountingStoragePort={port}"
+        return f"AccountingStorageType=accounting_storage/slurmdbd\n{where}\nMinJobAge=2"
 
     def options(self, **more: Any) -> flow.Slurm:
         """Of workers here, whose files go with the cluster's."""
@@ -255,12 +268,74 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
             daemon.kill()
             daemon.wait()
         self.daemons.clear()
+        if self.accounting is not None:
+            self.accounting.stop()
 
     def remove(self) -> None:
         self.stop()
         if self.apart:
             self._remove_network()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+class Accounting:
+    """Slurm's accounting: slurmdbd, and a MariaDB whose files, socket and port are its own."""
+
+    def __init__(self) -> None:
+        self.daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self, root: Path) -> int:
+        """Make and start the database; returns the port where slurmdbd will answer."""
+        self.root = root
+        self.port, database = _free_ports(2)
+        data = f"--datadir={root}/db"
+        small = ["--innodb-buffer-pool-size=16M", "--innodb-log-file-size=4M", "--innodb-flush-log-at-trx-commit=0"]
+        user = f"--user={pwd.getpwuid(os.getuid()).pw_name}"
+        make = ["--no-defaults", data, user, "--skip-test-db", "--auth-root-authentication-method=normal", *small]
+        subprocess.run([str(find("mariadb-install-db")), *make], check=True, capture_output=True)
+        (root / "db.sql").write_text(
+            "CREATE DATABASE accounts;\nGRANT ALL ON accounts.* TO slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\n"
+        )
+        files = [f"--socket={root}/db.socket", f"--pid-file={root}/db.pid", f"--log-error={root}/db.log"]
+        net = ["--bind-address=127.0.0.1", f"--port={database}", "--skip-name-resolve", f"--init-file={root}/db.sql"]
+        self._spawn(["mariadbd", "--no-defaults", data, user, *small, *files, *net], {})
+        conf = root / "slurmdbd.conf"
+        conf.touch(mode=0o600)
+        conf.write_text(
+            f"AuthType=auth/none\nDbdHost=localhost\nDbdAddr=127.0.0.1\nDbdPort={self.port}\n"
+            f"SlurmUser={pwd.getpwuid(os.getuid()).pw_name}\nPidFile={root}/slurmdbd.pid\n"
+            f"LogFile={root}/slurmdbd.log\nStorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\n"
+            f"StoragePort={database}\nStorageUser=slurm\nStoragePass=slurm\nStorageLoc=accounts\n"
+        )
+        _wait_for(root / "db.log", "ready for connections")
+        return self.port
+
+    def serve(self, environ: Mapping[str, str]) -> None:
+        """Start slurmdbd, by Slurm's configuration."""
+        self._spawn(["slurmdbd", "-D"], environ)
+        _wait_for(self.root / "slurmdbd.log", "started")
+
+    def _spawn(self, command: list[str], environ: Mapping[str, str]) -> None:
+        command[0] = str(find(command[0]))
+        null = subprocess.DEVNULL
+        env = {**os.environ, **environ}
+        self.daemons.append(
+            subprocess.Popen(command, env=env, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        )
+
+    def stop(self) -> None:
+        for daemon in reversed(self.daemons):
+            daemon.kill()
+            daemon.wait()
+        self.daemons.clear()
+
+
+def _wait_for(log: Path, words: str) -> None:
+    """Return when a daemon has said so in its log."""
+    deadline = time.monotonic() + START_S
+    while not log.exists() or words not in log.read_text(errors="replace"):
+        assert time.monotonic() < deadline, log.read_text(errors="replace") if log.exists() else log
+        time.sleep(0.02)
 
 
 def _kill(pid: int, number: int = signal.SIGKILL) -> None:

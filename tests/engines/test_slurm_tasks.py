@@ -304,6 +304,8 @@ class TestFollowing:
         ("COMPLETING", {"begun": True}, "running", ""),
         ("CANCELLED", {}, "cancelled", "from outside"),
         ("CANCELLED", {"cancel": "mine"}, "cancelled", "mine"),
+        ("COMPLETED", {}, "completed", ""),
+        (None, {"submitting": True}, "pending", "being submitted"),
         ("NODE_FAIL", {"begun": True}, "failed", "lost its node"),
         ("TIMEOUT", {}, "failed", "time limit"),
         ("OUT_OF_MEMORY", {}, "failed", "memory limit"),
