@@ -170,7 +170,7 @@ def importable(value: Any) -> tuple[str, str] | None:
     qualname = getattr(value, "__qualname__", None)
     if not isinstance(module_name, str) or not isinstance(qualname, str) or "<" in qualname:
         return None
-    if module_name in ("__main__", "__mp_main__", "builtins") or module_name not in sys.modules:
+    if module_name in ("__main__", "__mp_main__") or module_name not in sys.modules:
         return None
     found: Any = sys.modules[module_name]
     for name in qualname.split("."):

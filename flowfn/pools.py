@@ -30,6 +30,7 @@ def pool_for(spec: FunctionSpec) -> Pool:
     Raises ConfigError if `secrets=` names variables that are not set.
     """
     backend = registry.get(spec.backend)
+    backend.begin()
     if spec.secrets and isinstance(spec.secrets, tuple):
         values = spec.environment(os.environ)  # as they are now: a worker that has others will not do
         spec = spec.replace(secrets={name: values[name] for name in spec.secrets})

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flowfn_runtime import wire
@@ -24,16 +23,24 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
 class Launch:
     """How a worker is to be started on the other side."""
 
-    setup: dict[str, Any] = field(repr=False)  # JSON, see `flowfn_runtime.bootstrap`; holds secrets
-    roots: tuple[Snapshot, ...] = ()
+    __slots__ = ("roots", "setup")
+
+    def __init__(self, setup: dict[str, Any], roots: tuple[Snapshot, ...] = ()) -> None:
+        self.setup = setup  # JSON, see `flowfn_runtime.bootstrap`; holds secrets
+        self.roots = roots
 
     def send(self, stream: wire.Stream) -> None:
         """Begin: say what is wanted."""
         stream.send(wire.SETUP, meta=json.dumps(self.setup).encode())
+
+    def frame(self) -> bytes:
+        """What `send` sends."""
+        nowhere = wire.Stream(-1, -1)
+        nowhere.send(wire.SETUP, meta=json.dumps(self.setup).encode(), later=True)
+        return nowhere.held
 
     def newer(self) -> Launch | None:
         """The same with the project as it is now, if it has changed since."""

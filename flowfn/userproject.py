@@ -10,7 +10,6 @@ import functools
 import os
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -151,14 +150,24 @@ def _add(directory: str, roots: list[str]) -> None:
 
 def _is_users(directory: str) -> bool:
     """Whether it may be a project: neither an installation's nor everybody's, nor one that holds all else."""
-    nobodys = ("/", os.path.expanduser("~"), tempfile.gettempdir(), "/tmp", "/home", "/root")
-    if not os.path.isdir(directory) or directory in {os.path.realpath(path) for path in nobodys}:
+    if not os.path.isdir(directory) or directory in _nobodys():
         return False
-    installed = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values()}
-    installed -= {"/usr", "/"}  # a system's Python: what lies elsewhere below is the user's
-    if any(_within(directory, os.path.realpath(path)) for path in installed if path):
+    if any(_within(directory, path) for path in _installed()):
         return False
     return not directory.endswith(("site-packages", "dist-packages"))
+
+
+def _nobodys() -> set[str]:
+    temporary = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]  # as `tempfile`, which would import more
+    places = ("/", os.path.expanduser("~"), "/tmp", "/var/tmp", "/home", "/root", *temporary)
+    return {_real(path) for path in places if path}
+
+
+@functools.lru_cache(maxsize=1)
+def _installed() -> frozenset[str]:
+    places = {sys.prefix, sys.base_prefix, sys.exec_prefix, *sysconfig.get_paths().values()}
+    places -= {"/usr", "/"}  # a system's Python: what lies elsewhere below is the user's
+    return frozenset(os.path.realpath(path) for path in places if path)
 
 
 def _is_ours(entry: str) -> bool:

@@ -63,6 +63,9 @@ class Backend(ABC):
     name: str
     ships_project = False  # workers get a copy of the project's files; when these change, new workers are needed
 
+    def begin(self) -> None:  # noqa: B027 - most backends have nothing to do ahead
+        """Workers will be asked for in a moment: start what takes long, and return at once. Raises nothing."""
+
     @abstractmethod
     def connect(self, spec: FunctionSpec) -> Connection:
         """Start a worker with the resources, environment, mounts and image of `spec`; return when it may be spoken to.

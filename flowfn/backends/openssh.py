@@ -7,8 +7,7 @@ import re
 import shlex
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from typing import NamedTuple
 
 from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError
@@ -17,8 +16,11 @@ OPENED = b"flowfn-opened"  # said on standard error when a connection can be sha
 SOCKET_PATH_BYTES = 80  # of 108 that the kernel allows; ssh adds to it while it makes the socket
 
 
-@dataclass(frozen=True)
-class Address:
+# Not by urllib, whose import would delay the start of ssh; nor are the classes below dataclasses.
+_ADDRESS = re.compile(r"(?:([^:/?#\[\]]+)@)?(\[[^]\s]+\]|[^@:/?#\[\]\s]+)(?::(\d{0,5}))?/?")
+
+
+class Address(NamedTuple):
     """Where to log in. What is None is OpenSSH's own configuration's to say."""
 
     host: str
@@ -28,21 +30,20 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """`host`, `user@host:port`, or the same after `ssh://`. Raises ConfigError."""
-        bare = text.removeprefix("ssh://")
-        try:
-            parts = urlsplit(f"ssh://{bare}")
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"{text!r} is no SSH address: {error}") from None
-        host = (re.match(r"(?:[^@]*@)?(\[[^]]*\]|[^:/]*)", bare) or [""])[1].strip("[]")
-        if not host or host.startswith("-") or parts.path not in ("", "/") or parts.query or parts.password:
+        found = _ADDRESS.fullmatch(text.removeprefix("ssh://"))
+        if found is None:
             raise ConfigError(
                 f"{text!r} is no SSH address", hint="write ssh://user@host:port; keys are OpenSSH's matter"
             )
-        user = unquote(parts.username) if parts.username else None
-        if user is not None and user.startswith("-"):
-            raise ConfigError(f"{text!r} is no SSH address: {user!r} is no user")
-        return cls(host, user, port)
+        user, host, port = found.groups()
+        host = host.strip("[]")
+        if user and "%" in user:
+            from urllib.parse import unquote
+
+            user = unquote(user)
+        if host.startswith("-") or (user and user.startswith("-")) or int(port or 0) > 65535:
+            raise ConfigError(f"{text!r} is no SSH address: {host!r}, {user!r} or {port!r} can't be")
+        return cls(host, user, int(port) if port else None)
 
     def __str__(self) -> str:
         return (f"{self.user}@" if self.user else "") + self.host + (f":{self.port}" if self.port else "")
@@ -53,8 +54,7 @@ class Address:
         return "ssh " + (f"-p {self.port} " if self.port else "") + (f"{self.user}@" if self.user else "") + self.host
 
 
-@dataclass(frozen=True)
-class Client:
+class Client(NamedTuple):
     """How to call OpenSSH for one address."""
 
     address: Address

@@ -19,7 +19,6 @@ import ray.exceptions
 from flowfn.backends import openssh, ray_lease, stream
 from flowfn.backends.base import Connection, Exit
 from flowfn_runtime import wire
-from flowfn_runtime.host import EXIT_MARK
 
 GONE = (ray.exceptions.RayError, ConnectionError)
 EXIT_S = 5.0  # how long a relayed worker's actor may take to say how it ended
@@ -306,7 +305,7 @@ class RelayedConnection(Connection):
             return Exit(detail="its Ray actor does not answer")
         except GONE as error:
             return Exit(detail=f"its Ray actor is gone: {summary(error)}")
-        _, found, mark = said.rpartition(EXIT_MARK)
+        _, found, mark = said.rpartition(wire.EXIT_MARK)
         if not found:
             return Exit(detail="\n".join(said.strip().splitlines()[-8:]))
         how = json.loads(mark.partition("\n")[0])

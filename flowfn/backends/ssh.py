@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowfn import loader, shipping
+from flowfn import loader, shipping, threads
 from flowfn.backends import openssh, stream
 from flowfn.backends.base import Backend, Connection
 from flowfn.backends.ssh_lane import Failure, Lane
@@ -70,9 +70,33 @@ class Host:
         self._facts: dict[str, Any] = {}
         self._inventory: Inventory | None = None
         self._error: tuple[float, FlowError] | None = None
+        self._started = threading.Event()  # ssh runs, or could not be started
+        self._connecting: stream.StreamConnection | None = None
 
     def program(self) -> list[str]:
         return loader.program(self.python, cache=self.options.cache)
+
+    def begin(self) -> None:
+        """Start to connect, if nobody did; returns when ssh runs."""
+        if self._facts or self._error or self._started.is_set():
+            return
+        try:
+            threads.start(self._begin)
+        except FlowError:
+            return  # whoever asks for a worker will hear of it
+        self._started.wait()
+
+    def _begin(self) -> None:
+        try:
+            self.facts()
+        except FlowError:
+            pass  # it is kept for who asks next
+        finally:
+            self._started.set()
+
+    def _has_started(self, keeper: stream.StreamConnection) -> None:
+        self._connecting = keeper
+        self._started.set()
 
     def facts(self) -> dict[str, Any]:
         """What the keeper says that the host has. Connects if need be; raises BackendUnavailable."""
@@ -93,7 +117,10 @@ class Host:
         for lane in self._lanes:
             if lane.sessions < self.limit or not self.limit:
                 return lane
-        lane = Lane(self.client, self.program(), self.options.silence_s)
+        try:
+            lane = Lane(self.client, self.program(), self.options.silence_s, started=self._has_started)
+        finally:
+            self._connecting = None
         self.python = lane.keeper.python
         self._facts = lane.facts
         self._lanes.append(lane)
@@ -168,7 +195,10 @@ class Host:
         return max(1, int(cores // spec.cpu)) if spec.cpu else cores
 
     def close(self) -> None:
+        if (connecting := self._connecting) is not None:
+            connecting.kill()
         with self.lock:
+            self._started.clear()
             lanes, self._lanes, self._facts, self._inventory = self._lanes, [], {}, None
         for lane in lanes:
             lane.close()
@@ -221,6 +251,10 @@ class SshBackend(Backend):
         self._jobs: Jobs | None = None
         self._connections = stream.Connections()
         self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        for host in self.hosts:
+            host.begin()
 
     def connect(self, spec: FunctionSpec) -> Connection:
         launch = shipping.launch(spec, environ=self._environ, image=_image(spec))

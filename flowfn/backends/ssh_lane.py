@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowfn import shipping, userproject
-from flowfn.backends import openssh, stream
+from flowfn import shipping
+from flowfn.backends import loading, openssh, stream
 from flowfn.clock import clock
-from flowfn_runtime import exceptions, wire
+from flowfn_runtime import wire
 from flowfn_runtime.errors import FlowError
 
 BEAT_S = 5.0  # how often the keeper hears that the client is there
@@ -36,7 +36,15 @@ class Failure:
 class Lane:
     """One connection to a host. Returns from being made when the keeper has said what the host has."""
 
-    def __init__(self, client: openssh.Client, program: Sequence[str], silence_s: float) -> None:
+    def __init__(
+        self,
+        client: openssh.Client,
+        program: Sequence[str],
+        silence_s: float,
+        *,
+        started: Callable[[stream.StreamConnection], object],
+    ) -> None:
+        """`started` is called when ssh runs."""
         self.label = f"ssh {client.address}"
         self.sessions = 0
         self.dead = False
@@ -48,10 +56,10 @@ class Lane:
         self._gpus: dict[str, Any] | None = None
 
         def launch() -> shipping.Launch:
-            userproject.look_ahead()  # while ssh logs in, which takes a while
+            _get_ready()
             return shipping.Launch({"keep": silence_s})
 
-        kind = functools.partial(_Keeper, opened=self._opened)
+        kind = functools.partial(_Keeper, opened=self._opened, started=started)
         failure = Failure(client.address)
         argv = client.first(self.socket, program)
         try:
@@ -104,14 +112,17 @@ class Lane:
         return self.keeper.facts
 
     def gpus(self) -> dict[str, Any]:
-        """What it said of GPUs, which takes it longer. Raises what stood in the way there."""
+        """What it says of GPUs, which it looks for when it is asked. Raises what stood in the way there."""
         with self._lock:
             if self._gpus is None:
                 try:
+                    self.keeper.stream.send(wire.SETUP, meta=b"gpus")
                     frame = self.keeper.stream.receive()
                 except EOFError:
                     raise stream.ended(self.keeper, None) from None
                 if frame.kind == wire.ERROR:
+                    from flowfn_runtime import exceptions
+
                     raise exceptions.loads(frame.body, frame.buffers)
                 self._gpus = json.loads(frame.meta)
             return self._gpus
@@ -136,7 +147,7 @@ class Spare:
 
     def _load(self) -> None:
         try:
-            stream.load(self.connection, elsewhere=self._elsewhere)
+            loading.load(self.connection, elsewhere=self._elsewhere)
         except BaseException as error:
             self._error = error
         self._done.set()
@@ -149,12 +160,33 @@ class Spare:
 
 
 class _Keeper(stream.StreamConnection):
-    def __init__(self, argv: Sequence[str], *, opened: Callable[[], None], **options: Any) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        opened: Callable[[], None],
+        started: Callable[[stream.StreamConnection], object],
+        **options: Any,
+    ) -> None:
         self._opened = opened
         super().__init__(argv, **options)
+        started(self)
 
     def heard(self, line: bytes) -> bool:
         if line == openssh.OPENED:
             self._opened()
             return True
         return False
+
+
+def _get_ready() -> None:
+    """Do what is to be done anyway while ssh logs in, which takes a while."""
+    from flowfn import call, config, terminal, userproject
+    from flowfn_runtime import exceptions
+
+    assert call and exceptions and terminal
+    userproject.look_ahead()
+    try:
+        config.load()
+    except FlowError:
+        pass  # it will be reported by whoever needs it

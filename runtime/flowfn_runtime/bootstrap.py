@@ -28,15 +28,18 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from . import exceptions, host, limits, logs, paths, wire
+from . import limits, logs, paths, wire
 from .errors import BackendError, FlowError
 
 # Variables that count only when a program starts.
 EARLY = ("LD_", "PYTHON", "MALLOC_", "GLIBC_")
 
 
-def main(first: bytes = b"") -> None:
-    """Entry: serve the client on standard input and output; does not return. `first` goes before all that is said."""
+def main(first: bytes = b"", heard: bytes = b"") -> None:
+    """Entry: serve the client on standard input and output; does not return.
+
+    `first` goes before all that is said. `heard` is what was read of the stream already.
+    """
     limits.set_subreaper()
     read_fd, write_fd = logs.out_of_the_way(os.dup(0)), logs.out_of_the_way(os.dup(1))
     null = os.open(os.devnull, os.O_RDONLY)
@@ -44,8 +47,10 @@ def main(first: bytes = b"") -> None:
     os.close(null)
     os.dup2(2, 1)
     stream = wire.Stream(read_fd, write_fd)
-    stream.held = first
+    stream.held, stream._rest = first, heard
     watch = HangUp(read_fd)
+    if not heard:
+        _import_ahead()
     try:
         setup = json.loads(stream.receive().meta)
         client = Client(stream)
@@ -78,10 +83,19 @@ def main(first: bytes = b"") -> None:
             )
         elif not isinstance(error, FlowError):
             error = BackendError(f"a worker could not be prepared: {type(error).__name__}: {error}")
+        from . import exceptions
+
         payload = exceptions.dumps(error)
         stream.send(wire.ERROR, body=payload.data, buffers=payload.buffers)
         sys.exit(1)
     start.run(stream)
+
+
+def _import_ahead() -> None:
+    """Get what workers need while the client has not said yet what is wanted."""
+    from . import checkout, host
+
+    assert checkout and host
 
 
 class HangUp:
@@ -90,7 +104,7 @@ class HangUp:
     def __init__(self, fd: int) -> None:
         self._read, self._write = os.pipe()
         self._poll = select.poll()
-        self._poll.register(fd, host.HANG_UP)
+        self._poll.register(fd, wire.HANG_UP)
         self._poll.register(self._read, select.POLLIN)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -214,6 +228,8 @@ class Start:
         os.environ.update(self.env)
         self.request["keep"] = list(self.env)
         if not self.elsewhere:
+            from . import host
+
             sys.exit(host.serve_stdio(self.request, stream.read_fd, stream.write_fd, stream.held))
         runtime = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         boot = (

@@ -33,10 +33,8 @@ from . import limits, outcomes, wire, worker
 CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
 LAST_WORDS_BYTES = 1 << 13  # kept of what a worker printed just before it died
-EXIT_MARK = "flowfn-exit: "
 GRACE_S = 0.5  # how long idle workers may take to end by themselves
 WARM_AFTER_S = 0.1  # not at once: a simple function needs none of it, and a short program may be over by then
-HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # a socket's other end may close one half
 
 
 class Child:
@@ -348,16 +346,16 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, he
     if side is not None:
         side.close()
     os.close(write_fd)
-    host.poll.register(read_fd, HANG_UP)
+    host.poll.register(read_fd, wire.HANG_UP)
     if alive is not None:
-        host.poll.register(alive, HANG_UP)
+        host.poll.register(alive, wire.HANG_UP)
     while not host.ends:
         if (host.wait() or asked) and not host.ends:
             host.end()
             break
     limits.kill_orphans()
     end = host.ends[0] if host.ends else {"exitcode": 0}
-    print(EXIT_MARK + json.dumps(end), file=sys.stderr, flush=True)
+    print(wire.EXIT_MARK + json.dumps(end), file=sys.stderr, flush=True)
     code: int = end["exitcode"]
     return code if code >= 0 else 128 - code
 

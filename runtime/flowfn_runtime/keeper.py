@@ -13,7 +13,7 @@ import select
 import time
 from typing import Any
 
-from . import exceptions, host, paths, wire
+from . import paths, wire
 from .errors import FlowError
 
 
@@ -27,8 +27,7 @@ def keep(stream: wire.Stream, silence_s: float, client: Any) -> None:
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
         client.ready(alive=path, **facts())
-        _tell_gpus(stream, client)  # which may take a while, and is not always asked for
-        _listen(stream, silence_s)
+        _listen(stream, silence_s, client)
     finally:
         os.unlink(path)
 
@@ -49,6 +48,8 @@ def _tell_gpus(stream: wire.Stream, client: Any) -> None:
     try:
         there = gpus.inventory()
     except FlowError as error:
+        from . import exceptions
+
         payload = exceptions.dumps(error)
         stream.send(wire.ERROR, body=payload.data, buffers=payload.buffers)
     else:
@@ -56,16 +57,18 @@ def _tell_gpus(stream: wire.Stream, client: Any) -> None:
         client.tell(gpus=listed, source=there.source, reason=there.reason)
 
 
-def _listen(stream: wire.Stream, silence_s: float) -> None:
+def _listen(stream: wire.Stream, silence_s: float, client: Any) -> None:
     poll = select.poll()
-    poll.register(stream.read_fd, select.POLLIN | host.HANG_UP)
+    poll.register(stream.read_fd, select.POLLIN | wire.HANG_UP)
     heard = time.monotonic()
     while True:
         if stream.pending or poll.poll(max(0.0, silence_s - (time.monotonic() - heard)) * 1000):
             try:
-                stream.receive()
+                asked = stream.receive().meta
             except EOFError:
                 return
+            if asked:  # for the GPUs, which may take a while to find: not a mere sign of life
+                _tell_gpus(stream, client)
             heard = time.monotonic()
         elif time.monotonic() - heard >= silence_s:
             return

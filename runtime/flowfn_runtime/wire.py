@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
 import sys
 import threading
@@ -43,6 +44,11 @@ ENTRY = struct.Struct("<QQ")
 READ_BYTES = 1 << 16
 IOV_MAX = 512
 INLINE_BYTES = 1 << 16  # parts smaller than this are joined into one write
+
+# What poll says of a stream whose other end is gone; a socket's may close one half.
+HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)
+
+EXIT_MARK = "flowfn-exit: "  # begins the line on standard error that says how a worker ended
 
 # kinds, client to worker
 HELLO, FUNCTION, CALL, BATCH, CREDIT, CLOSE, RECALL, END, OBJECT, DROP, STAGE, SETUP, PATHS = range(1, 14)
@@ -328,8 +334,6 @@ class Stream:
 
 def _wait_for_room(fd: int) -> None:
     """Return when something can be written to the descriptor."""
-    import select
-
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     poll.poll()
