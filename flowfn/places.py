@@ -228,7 +228,7 @@ def start(jobs: Jobs, draft: Draft) -> str:
     try:
         taskdir.write_json(directory, "spec.json", taskstart.public(spec))
         row = taskstart.row(spec, backend=jobs.label, place=place)
-        _seq, spec["after"] = taskdb.add(row, _block_volumes(spec, place), spec["depends_on"])
+        _seq, spec["after"] = taskdb.add(row, _held(spec, jobs, place), spec["depends_on"])
         known = True
         jobs.start(draft)
     except BaseException as error:
@@ -245,10 +245,9 @@ def start(jobs: Jobs, draft: Draft) -> str:
     return task_id
 
 
-def _block_volumes(spec: dict[str, Any], place: str) -> list[str]:
+def _held(spec: dict[str, Any], jobs: Jobs, place: str) -> list[str]:
     """Names for the volumes that one task has at a time: that place's own, which this register does not know."""
-    block = [volume for volume in spec["volumes"] if volume.get("interface") != "file"]
-    return [f"{place} {spec['project']}/{volume.get('volume_id') or volume.get('name')}" for volume in block]
+    return [f"{place} {spec['project']}/{called}" for called in jobs.held(spec)]
 
 
 def _dependencies(spec: dict[str, Any], jobs: Jobs, place: str) -> None:

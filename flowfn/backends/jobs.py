@@ -47,6 +47,11 @@ class Jobs(ABC):
         `uncertain`.
         """
 
+    def held(self, wanted: Mapping[str, Any]) -> list[str]:
+        """What the volumes that the task has to itself are called, by whatever name another task may ask for them."""
+        block = [volume for volume in wanted["volumes"] if volume["interface"] != "file"]
+        return [volume["volume_id"] or volume["name"] for volume in block]
+
     @abstractmethod
     def states(self, ids: Sequence[str]) -> Mapping[str, State | FlowError]:
         """How these tasks are, by one question for all of them. Of those that are not known there nothing.

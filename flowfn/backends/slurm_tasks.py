@@ -87,6 +87,9 @@ class SlurmJobs(Jobs):
         runtime = bundle().place(os.path.join(self.place["home"], "runtime"))
         self._tasks.start(plan, draft.payload, runtime=runtime, bring=bring, there=self._backend.there, **how)
 
+    def held(self, wanted: Mapping[str, Any]) -> list[str]:
+        return self._tasks.held(wanted)
+
     def states(self, ids: Sequence[str]) -> dict[str, State | FlowError]:
         return self._tasks.states(ids)
 
@@ -133,6 +136,13 @@ class LoginJobs(RemoteJobs):
     def start(self, draft: Draft) -> None:
         (plan, how), there = self._asking(draft)
         self._ask({"do": "start", "plan": plan, "there": there, **how}, draft.payload or b"", draft)
+
+    def held(self, wanted: Mapping[str, Any]) -> list[str]:
+        if not wanted["volumes"]:
+            return []
+        needed = {name: wanted[name] for name in ("volumes", "project", "environ")}
+        names: list[str] = self._ask({"do": "held", "wanted": needed})[0]
+        return names
 
     def address(self, task_id: str) -> str:
         node = self._ask({"do": "address", "id": task_id})[0]

@@ -26,6 +26,11 @@ def _nodes(client: Client, body: Any, format: str) -> tuple[Any, bytes]:
     return slurmsays.run("sinfo", "-h", "-N", "-a", "-o", format), b""
 
 
+def _held(client: Client, body: Any, wanted: dict[str, Any]) -> tuple[Any, bytes]:
+    os.environ.update(wanted["environ"])  # it says where volumes are
+    return _tasks().held(wanted), b""
+
+
 def _start(client: Client, body: Any, plan: dict[str, Any], there: str, **how: Any) -> tuple[Any, bytes]:
     def bring(store: str) -> None:
         from .bootstrap import fetch
@@ -99,6 +104,7 @@ def _address(client: Client, body: Any, id: str) -> tuple[Any, bytes]:
 
 DO: dict[str, Callable[..., tuple[Any, bytes]]] = {
     "nodes": _nodes,
+    "held": _held,
     "start": _start,
     "states": _states,
     "wait": _wait,

@@ -98,6 +98,20 @@ class Tasks:
             taskdir.remove_tree(new)
             raise
 
+    def held(self, wanted: Mapping[str, Any]) -> list[str]:
+        """What the volumes that the task has to itself are called: by name and by id, as far as they are there yet."""
+        if not wanted["volumes"]:
+            return []
+        from .data import volumes
+
+        names: list[str] = []
+        for volume in wanted["volumes"]:
+            called = volume["volume_id"] or volume["name"]
+            there = volumes.find(called, wanted["project"], home=self._home)
+            if (there.interface if there else volume["interface"]) != "file":
+                names += dict.fromkeys(filter(None, (called, *((there.id, there.name) if there else ()))))
+        return names
+
     def _dependencies(self, plan: Mapping[str, Any]) -> list[str]:
         """The options that have Slurm wait for other tasks, and cancel this one if one that it depends on fails."""
         active = {task_id: self._read(task_id)[0] for task_id in plan["depends_on"]}

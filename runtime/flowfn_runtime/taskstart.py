@@ -159,8 +159,10 @@ def own_paths() -> list[str]:
         path for path in sys.path if os.path.isabs(path) and path.endswith(("-packages", ".zip", "/lib-dynload"))
     }
     # An editable installation is a checkout, and that may lie where a sandbox has a place of its own: /tmp.
-    runtime = os.path.dirname(os.path.abspath(__file__))
-    return sorted(prefixes | packages | {runtime})
+    package = os.path.dirname(os.path.abspath(__file__))
+    runtime = os.path.dirname(package)
+    sent = path_position(runtime) == "0"  # then with cloudpickle beside it
+    return sorted(prefixes | packages | {runtime if sent else package})
 
 
 # -- volumes -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def meeting() -> Iterator[Meeting]:
     place.close()
 
 
-def submit(meeting: Meeting, backend: Any = "cluster") -> Task:
+def submit(meeting: Meeting, backend: Any = "cluster", **options: Any) -> Task:
     meet = meeting.meet
 
     def work() -> str:
@@ -74,7 +74,7 @@ def submit(meeting: Meeting, backend: Any = "cluster") -> Task:
         print("let go")
         return "done"
 
-    task: Task = flow.function(work, backend=backend).submit()  # type: ignore[call-overload]
+    task: Task = flow.function(work, backend=backend, **options).submit()
     return task
 
 
@@ -138,6 +138,19 @@ def test_order(login: Sshd, meeting: Meeting) -> None:
     with Flow() as client:
         second = client.submit("echo second", backend="cluster", depends_on=[first])
     met = meeting.next()
+    wait_until(lambda: "Dependency" in second.reason)
+    met.let_go()
+    assert second.wait(WAIT_S).logs() == "second\n"
+    assert (first.ended_at or 0) <= (second.started_at or 0)
+
+
+def test_one_task_at_a_time_has_a_volume(login: Sshd, meeting: Meeting) -> None:
+    with Flow() as client:
+        client.submit("true", backend="cluster", mounts={"/kept": "volume://kept"}).wait(WAIT_S)
+        first = submit(meeting, mounts={"/kept": "volume://kept"})
+        met = meeting.next()
+        (volume,) = (path.name for path in (login.root / "home" / "volumes").iterdir() if path.is_dir())
+        second = client.submit("echo second", backend="cluster", mounts={"/kept": f"volume://{volume}"})
     wait_until(lambda: "Dependency" in second.reason)
     met.let_go()
     assert second.wait(WAIT_S).logs() == "second\n"

@@ -87,8 +87,8 @@ def make_work(meeting: Meeting) -> Callable[[], str]:
     return work
 
 
-def submit(meeting: Meeting, backend: Any) -> Task:
-    task: Task = flow.function(make_work(meeting), backend=backend).submit()  # type: ignore[call-overload]
+def submit(meeting: Meeting, backend: Any, **options: Any) -> Task:
+    task: Task = flow.function(make_work(meeting), backend=backend, **options).submit()
     return task
 
 
@@ -132,6 +132,22 @@ class TestQueue:
         wait_until(lambda: "Dependency" in second.reason)
         met.let_go()
         assert second.wait(WAIT_S).logs() == "second\n"
+
+    def test_one_task_at_a_time_has_a_volume(
+        self, cluster: SlurmCluster, backend: SlurmBackend, meeting: Meeting
+    ) -> None:
+        first = submit(meeting, backend, mounts={"/kept": "volume://kept"})
+        met = meeting.next()
+        (volume,) = (path.name for path in (cluster.root / "home" / "volumes").iterdir() if path.is_dir())
+        by_id = submit(meeting, backend, mounts={"/kept": f"volume://{volume}"})
+        by_name = submit(meeting, backend, mounts={"/kept": "volume://kept"})
+        wait_until(lambda: "Dependency" in by_id.reason and "Dependency" in by_name.reason)
+        met.let_go()
+        second = meeting.next()
+        assert first.wait(WAIT_S).status == "completed" and by_name.status == "pending"
+        second.let_go()
+        meeting.next().let_go()
+        assert [by_id.result(WAIT_S), by_name.result(WAIT_S)] == ["done", "done"]
 
     def test_one_question_for_all_tasks(
         self, cluster: SlurmCluster, backend: SlurmBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from .. import paths
 from ..errors import VolumeError
 from ..registry import Registry, release
 
-__all__ = ["explain", "made", "read", "release", "root", "write"]
+__all__ = ["at", "explain", "made", "read", "release", "root", "write"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS volumes (
@@ -41,4 +41,11 @@ def made(path: str) -> str:
 _registry = Registry(
     root, "volumes", VolumeError, [[_SCHEMA]], "restore it from a backup; the volumes' data is still beside it"
 )
+
+
+def at(home: str) -> Registry:
+    """The same of another flowfn home."""
+    return _registry._replace(root=lambda: os.path.join(home, "volumes"))
+
+
 write, read, explain = _registry.write, _registry.read, _registry.explain

@@ -127,12 +127,13 @@ def find_or_create(
     return volume_db.write(lambda db: _select(db, name, project) or _insert(db, volume))
 
 
-def find(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume | None:
-    """The project's volume of this id or name, or None."""
+def find(id_or_name: str, project: str = DEFAULT_PROJECT, *, home: str | None = None) -> Volume | None:
+    """The project's volume of this id or name, or None; of another flowfn home's volumes if that is named."""
     if bucket := _bucket():
         record = (bucket.by_id if is_id(id_or_name) else bucket.by_name)(id_or_name, project)
         return _from_record(record) if record else None
-    return volume_db.read(lambda db: _select(db, id_or_name, project))
+    read = volume_db.at(home).read if home else volume_db.read
+    return read(lambda db: _select(db, id_or_name, project))
 
 
 def get(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
