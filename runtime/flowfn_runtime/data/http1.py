@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,17 @@ _JOINED_BYTES = 16 << 10
 _CONNECT_TIMEOUT_S = 15
 # How long a socket may be silent. A server that thinks longer than this is as good as gone.
 _SILENCE_TIMEOUT_S = 60
+
+
+def _linux() -> tuple[int, ...]:
+    """The version of the Linux kernel; () elsewhere."""
+    import re
+
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) if sys.platform == "linux" else ()
+
+
+# A thread that waits for a long body is woken when so much has come. (Before Linux 5.12 that could wait for ever.)
+_LOW_WATER = 256 << 10 if _linux() >= (5, 12) else 0
 
 Sink = Callable[[memoryview], None]
 
@@ -199,6 +211,7 @@ class Connection:
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         # What has been received and not yet consumed: self._buffer[self._start:self._end].
         self._start = self._end = 0
+        self._wakes_at = 1
 
     def close(self) -> None:
         if self._socket is not None:
@@ -234,6 +247,7 @@ class Connection:
                 if self._socket is None:
                     self._socket = self.endpoint.connect()
                     self._start = self._end = 0
+                    self._wakes_at = 1
                 if isinstance(body, FileSlice):
                     self._socket.sendall(head)
                     body.send(self._socket, plain=self.endpoint.scheme == "http")
@@ -320,46 +334,54 @@ class Connection:
             self.released()
 
     def _pour_plain(self, length: int | None, sink: Sink) -> int:
-        buffer = self._buffer
-        held = self._end - self._start
-        take = held if length is None else min(held, length)
-        if length is not None and take < length <= BUFFER_BYTES:
-            return self._pour_once(held, length, sink)
-        if take:
-            sink(buffer[self._start : self._start + take])
-            self._start += take
-        if self._start == self._end:
-            self._start = self._end = 0
-        done = take
-        sock = self._socket
-        assert sock is not None or length == done
-        wait_all = socket.MSG_WAITALL if self.endpoint.scheme == "http" and length is not None else 0
+        start, held = self._start, self._end - self._start
+        if length is not None and held >= length:
+            sink(self._buffer[start : start + length])
+            self._start += length
+            return length
+        # What came with the head and what follows in one piece: each is a write, and a turn at the interpreter.
+        self._buffer[:held] = bytes(self._buffer[start : self._end])
+        self._start = self._end = 0
+        done = 0
         while length is None or done < length:
-            assert sock is not None
             want = BUFFER_BYTES if length is None else min(BUFFER_BYTES, length - done)
-            count = sock.recv_into(buffer, want, wait_all)
-            if not count:
-                if length is None:
-                    break
+            count = self._fill(held, want, 0 if length is None else length - done - want)
+            if count:
+                sink(self._buffer[:count])
+            elif length is None:
+                break
+            else:
                 raise WireError(f"the body ended after {done:,} of {length:,} bytes")
-            sink(buffer[:count])
-            done += count
+            done, held = done + count, 0
         return done
 
-    def _pour_once(self, held: int, length: int, sink: Sink) -> int:
-        """What came with the head and the rest in one piece: each piece is a write, and a turn at the interpreter."""
-        buffer, sock = self._buffer, self._socket
+    def _fill(self, held: int, want: int, later: int) -> int:
+        """Receive until the buffer has `want` bytes, `held` of which it has already; fewer when the connection ends.
+
+        `later`: how many come after them.
+        """
+        sock = self._socket
         assert sock is not None
-        buffer[:held] = bytes(buffer[self._start : self._end])
-        self._start = self._end = 0
-        wait_all = socket.MSG_WAITALL if self.endpoint.scheme == "http" else 0
-        while held < length:
-            count = sock.recv_into(buffer[held:length], 0, wait_all)
+        plain = self.endpoint.scheme == "http"
+        if plain and _LOW_WATER:
+            # Wake up for a good many bytes at once, and for any at the end, when no more than those are to come.
+            self._wake_at(sock, _LOW_WATER if later >= _LOW_WATER else 1)
+        while held < want:
+            try:
+                count = sock.recv_into(self._buffer[held:want], 0, socket.MSG_WAITALL if plain else 0)
+            except OSError:
+                if not held:
+                    raise
+                break
             if not count:
-                raise WireError(f"the body ended after {held:,} of {length:,} bytes")
+                break
             held += count
-        sink(buffer[:length])
-        return length
+        return held
+
+    def _wake_at(self, sock: socket.socket, count: int) -> None:
+        if self._wakes_at != count:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._wakes_at = count
 
     def _pour_chunks(self, sink: Sink) -> int:
         total = 0

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from flowfn_runtime.data.digest import Digest
 from flowfn_runtime.data.http1 import WireError
 from flowfn_runtime.data.model import Object, Progress
 from flowfn_runtime.data.pace import Pace
@@ -26,9 +27,6 @@ from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 PART_BYTES = 16 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
 WHOLE_BYTES = 16 << 20
-# Parts of an object that wait for the digest before its other parts do.
-_MOST_UNHASHED = 4
-_HASH_BYTES = 4 << 20
 _REPORT_EVERY_S = 0.1
 
 
@@ -60,12 +58,15 @@ class _Parts:
         self.job = job
         self.fd = fd
         self.count = -(-size // PART_BYTES)
-        self.done: set[int] = set()
-        self.digest = hashlib.md5(usedforsecurity=False) if job.object.md5 else None
-        self.hashed = 0  # parts that are in the digest
-        self.hashing = False
+        self.done = 0
+        self.digest = Digest(fd, size, PART_BYTES) if job.object.md5 else None
         self.failures = 0  # times that the digest was wrong
         self.headers: Mapping[str, str] = {}
+
+    def close(self) -> None:
+        """Nothing is done with the file any more."""
+        if self.digest:
+            self.digest.close()
 
 
 class _Fetch:
@@ -105,6 +106,7 @@ class _Fetch:
             raise
         finally:
             for parts in self.open_parts:
+                parts.close()
                 parts.job.abandon(parts.fd)
         if self.failure is not None:
             raise self.failure
@@ -136,8 +138,11 @@ class _Fetch:
         with self.lock:
             if self.failure is None:
                 self.failure = failure
+            under_way = list(self.open_parts)
             self.lock.notify_all()
         self.patience.stopped.set()
+        for parts in under_way:
+            parts.close()
 
     def _work(self) -> None:
         try:
@@ -147,7 +152,6 @@ class _Fetch:
                         parts, index = self.parts.popleft()
                     except IndexError:
                         continue
-                    self._let_hash(parts)
                     self._part(parts, index)
                 else:
                     with self.lock:
@@ -251,91 +255,65 @@ class _Fetch:
         self.patience.attempt(_again_if_damaged(attempt))
 
     def _part(self, parts: _Parts, index: int) -> None:
-        object = parts.job.object
+        object, digest = parts.job.object, parts.digest
         assert object.size is not None
-        first = index * PART_BYTES
-        last = min(first + PART_BYTES, object.size) - 1
+        first = position = index * PART_BYTES
+        end = min(first + PART_BYTES, object.size)
+        if digest:
+            self._let_hash(digest, index)
+
+        def sink(piece: memoryview) -> None:
+            nonlocal position
+            if self.failure is not None:
+                raise CallCancelled("The transfer was stopped.")
+            if position + len(piece) > end:
+                raise WireError(f"more than {end - first} bytes came")
+            write_all(parts.fd, piece, position)
+            position += len(piece)
+            if digest:
+                digest.arrived(index, position)
 
         def attempt() -> None:
-            position = first
-
-            def sink(piece: memoryview) -> None:
-                nonlocal position
-                if self.failure is not None:
-                    raise CallCancelled("The transfer was stopped.")
-                write_all(parts.fd, piece, position)
-                position += len(piece)
-
-            headers = self.source.fetch(object, first, last, sink)
-            if position != last + 1:
-                raise WireError(f"{position - first} of {last + 1 - first} bytes came")
-            parts.headers = headers
-            with self.lock:
-                self.fetched += position - first
-                self.requests += 1
+            # After an error only the rest is asked for: what is in the digest must not be written to again.
+            if position < end:
+                parts.headers = self.source.fetch(object, position, end - 1, sink)
+            if position != end:
+                raise WireError(f"{position - first} of {end - first} bytes came")
 
         self.patience.attempt(attempt)
-        self.report.add(last + 1 - first, 0)
+        self.report.add(end - first, 0)
         with self.lock:
-            parts.done.add(index)
-        self._hash(parts)
-        with self.lock:
-            if parts not in self.open_parts or len(parts.done) < parts.count:
+            self.fetched += end - first
+            self.requests += 1
+            parts.done += 1
+            if parts not in self.open_parts or parts.done < parts.count:
                 return
-            if parts.digest and (parts.hashing or parts.hashed < parts.count):
-                return  # whoever hashes will see that it was the last
+        try:
+            if digest:
+                _check_digest(digest.result(), object, parts.headers, self.source)
+        except _Damaged as damaged:
+            self._from_the_start(parts, damaged)
+            return
+        with self.lock:
             self.open_parts.discard(parts)
-        if parts.digest:
-            try:
-                _check_digest(parts.digest.hexdigest(), object, parts.headers, self.source)
-            except _Damaged as damaged:
-                self._from_the_start(parts, damaged)
-                return
         parts.job.complete(parts.fd)
         self.report.add(0, 1)
 
-    def _hash(self, parts: _Parts) -> None:
-        """Bring the digest up to the first part that is missing, while other threads go on fetching."""
-        if not parts.digest:
-            return
-        with self.lock:
-            if parts.hashing:
-                return
-            parts.hashing = True
-        buffer: memoryview | None = None
-        while True:
-            with self.lock:
-                if parts.hashed not in parts.done or self.failure is not None:
-                    parts.hashing = False
-                    self.lock.notify_all()
-                    return
-            # In large pieces: after each one the interpreter has to be had again, from all the other threads.
-            buffer = buffer or memoryview(bytearray(_HASH_BYTES))
-            position = parts.hashed * PART_BYTES
-            end = position + PART_BYTES
-            while position < end and (count := os.preadv(parts.fd, [buffer[: end - position]], position)):
-                parts.digest.update(buffer[:count])
-                position += count
-            with self.lock:
-                parts.hashed += 1
-                self.lock.notify_all()
-
-    def _let_hash(self, parts: _Parts) -> None:
-        """Don't run away from the digest, which is what the end will wait for: leave it a processor."""
+    def _let_hash(self, digest: Digest, index: int) -> None:
         with self.lock:
             self.held += 1
-            while parts.hashing and len(parts.done) - parts.hashed > _MOST_UNHASHED and self.failure is None:
-                self.lock.wait()
+        digest.wait_for_turn(index)
+        with self.lock:
             self.held -= 1
 
     def _from_the_start(self, parts: _Parts, damaged: _Damaged) -> None:
         """Fetch a large object again whose parts don't make up the listed content."""
         if parts.failures >= 2:
-            parts.job.abandon(parts.fd)
             raise damaged.error
         again = _Parts(parts.job, parts.fd, parts.job.object.size or 0)
         again.failures = parts.failures + 1
         with self.lock:
+            self.open_parts.discard(parts)
             self.open_parts.add(again)
             self.lock.notify_all()
         self.parts.extend((again, index) for index in range(again.count))
