@@ -39,7 +39,9 @@ def _linux() -> tuple[int, ...]:
 # A thread that waits for a long body is woken when so much has come. (Before Linux 5.12 that could wait for ever.)
 _LOW_WATER = 256 << 10 if _linux() >= (5, 12) else 0
 
-Sink = Callable[[memoryview], None]
+# Takes a piece of a body, which is valid during the call. Or keeps it, and returns `BUFFER_BYTES` of other memory for
+# what comes next.
+Sink = Callable[[memoryview], memoryview | None]
 
 
 class FileSlice:
@@ -182,7 +184,7 @@ class Response:
     def pour(self, sink: Sink) -> int:
         """Hand the body to `sink`, piece by piece (each valid only during the call); return its length in bytes.
 
-        Raises `WireError` when the body ends early.
+        Raises `WireError` when the body ends early. What a sink may do: see `Sink`.
         """
         return self._connection.pour(self, sink)
 
@@ -313,10 +315,10 @@ class Connection:
         """See `Response.pour`."""
         done = False
 
-        def guarded(piece: memoryview) -> None:
+        def guarded(piece: memoryview) -> memoryview | None:
             # Errors of the sink (a full disk, a closed pipe) are not the network's, and no reason to try again.
             try:
-                sink(piece)
+                return sink(piece)
             except Exception as error:
                 raise _SinkError(error) from error
 
@@ -336,8 +338,7 @@ class Connection:
     def _pour_plain(self, length: int | None, sink: Sink) -> int:
         start, held = self._start, self._end - self._start
         if length is not None and held >= length:
-            sink(self._buffer[start : start + length])
-            self._start += length
+            self._give(start + length, sink)
             return length
         # What came with the head and what follows in one piece: each is a write, and a turn at the interpreter.
         self._buffer[:held] = bytes(self._buffer[start : self._end])
@@ -347,13 +348,24 @@ class Connection:
             want = BUFFER_BYTES if length is None else min(BUFFER_BYTES, length - done)
             count = self._fill(held, want, 0 if length is None else length - done - want)
             if count:
-                sink(self._buffer[:count])
+                self._start, self._end = 0, count
+                self._give(count, sink)
+                self._start = self._end = 0
             elif length is None:
                 break
             else:
                 raise WireError(f"the body ended after {done:,} of {length:,} bytes")
             done, held = done + count, 0
         return done
+
+    def _give(self, stop: int, sink: Sink) -> None:
+        """Hand on what there is before `stop`."""
+        other = sink(self._buffer[self._start : stop])
+        self._start = stop
+        if other is not None:
+            rest = self._end - stop
+            other[:rest] = self._buffer[stop : self._end]
+            self._buffer, self._start, self._end = other, 0, rest
 
     def _fill(self, held: int, want: int, later: int) -> int:
         """Receive until the buffer has `want` bytes, `held` of which it has already; fewer when the connection ends.
@@ -402,8 +414,7 @@ class Connection:
                 self._start = self._end = 0
                 self._receive_more()
             take = min(left, self._end - self._start)
-            sink(self._buffer[self._start : self._start + take])
-            self._start += take
+            self._give(self._start + take, sink)
             left -= take
         return size
 

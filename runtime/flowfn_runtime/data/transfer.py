@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from flowfn_runtime.data.digest import Digest
+from flowfn_runtime.data.digest import Digest, Spares
 from flowfn_runtime.data.http1 import WireError
 from flowfn_runtime.data.model import Object, Progress
 from flowfn_runtime.data.pace import Pace
@@ -27,6 +27,8 @@ from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 PART_BYTES = 16 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
 WHOLE_BYTES = 16 << 20
+# Pieces of memory for what has arrived and is not hashed yet.
+_SPARES = 64
 _REPORT_EVERY_S = 0.1
 
 
@@ -54,12 +56,12 @@ def fetch(source: Source, jobs: Iterable[Job], *, progress: Callable[[Progress],
 class _Parts:
     """A large object under way: its file, and which of its parts are there."""
 
-    def __init__(self, job: Job, fd: int, size: int) -> None:
+    def __init__(self, job: Job, fd: int, size: int, spares: Spares) -> None:
         self.job = job
         self.fd = fd
         self.count = -(-size // PART_BYTES)
         self.done = 0
-        self.digest = Digest(fd, size, PART_BYTES) if job.object.md5 else None
+        self.digest = Digest(fd, size, PART_BYTES, spares) if job.object.md5 else None
         self.failures = 0  # times that the digest was wrong
         self.headers: Mapping[str, str] = {}
 
@@ -75,6 +77,7 @@ class _Fetch:
         self.waiting = deque(jobs)
         self.parts: deque[tuple[_Parts, int]] = deque()
         self.open_parts: set[_Parts] = set()
+        self.spares = Spares(_SPARES)
         self.lock = threading.Condition()
         self.running = 0
         self.beginning = 0  # jobs whose parts may still come into `parts`
@@ -218,7 +221,7 @@ class _Fetch:
         if size is None or size <= WHOLE_BYTES or not self.source.ranges:
             return fd
         # Not allocated in advance: that costs a fifth of the transfer (on ext4), and room was asked for before.
-        parts = _Parts(job, fd, size)
+        parts = _Parts(job, fd, size, self.spares)
         with self.lock:
             self.open_parts.add(parts)
         self.parts.extend((parts, index) for index in range(parts.count))
@@ -262,7 +265,7 @@ class _Fetch:
         if digest:
             self._let_hash(digest, index)
 
-        def sink(piece: memoryview) -> None:
+        def sink(piece: memoryview) -> memoryview | None:
             nonlocal position
             if self.failure is not None:
                 raise CallCancelled("The transfer was stopped.")
@@ -270,8 +273,7 @@ class _Fetch:
                 raise WireError(f"more than {end - first} bytes came")
             write_all(parts.fd, piece, position)
             position += len(piece)
-            if digest:
-                digest.arrived(index, position)
+            return digest.arrived(index, position, piece) if digest else None
 
         def attempt() -> None:
             # After an error only the rest is asked for: what is in the digest must not be written to again.
@@ -310,7 +312,7 @@ class _Fetch:
         """Fetch a large object again whose parts don't make up the listed content."""
         if parts.failures >= 2:
             raise damaged.error
-        again = _Parts(parts.job, parts.fd, parts.job.object.size or 0)
+        again = _Parts(parts.job, parts.fd, parts.job.object.size or 0, self.spares)
         again.failures = parts.failures + 1
         with self.lock:
             self.open_parts.discard(parts)
