@@ -113,11 +113,14 @@ class Door:
                 return
             with visitor:
                 visitor.settimeout(10)
+                fds: list[int] = []
                 try:
                     words, fds, _, _ = socket.recv_fds(visitor, WORDS_BYTES, 3)
                     said = json.loads(words)
                     lease = self._expected.pop(said["token"])
                 except (OSError, ValueError, KeyError, TypeError):
+                    for fd in fds:  # it was given up meanwhile; its worker ends as these are closed
+                        os.close(fd)
                     continue
             lease.hand_in(said, fds)
 
