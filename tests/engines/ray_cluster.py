@@ -23,6 +23,16 @@ from flowfn_runtime import limits
 
 # Tests of this machine's own Ray need neither its tokens nor to be counted.
 ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0"}
+# A busy machine is not taken for a dead one: a raylet that is ends itself, and then the processes of its drivers. What
+# is killed here refuses connections, and is found dead after five periods.
+ENVIRON |= {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_gcs_rpc_server_connect_timeout_s": "60",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
+    "RAY_raylet_client_num_connect_attempts": "60",
+    "RAY_worker_register_timeout_seconds": "120",
+}
 CPUS = 4  # of a node, by declaration
 NODES: list[dict[str, Any]] = [
     {"num_gpus": 2, "resources": {"accelerator_type:A100": 1}},
@@ -31,6 +41,7 @@ NODES: list[dict[str, Any]] = [
 ]
 START_S = 90.0
 ATTEMPTS = 3  # Ray gives a node 30 seconds to start, which on a machine that is busy may not do
+PORTS = range(10000, 20000)  # below those that the kernel gives out: Ray binds them a while after they were chosen
 
 
 def why_not() -> str | None:
@@ -158,6 +169,9 @@ def main() -> None:
             cluster.add_node(**{**(head if not number else common), **node})
             for number, node in enumerate(asked["nodes"])
         ]
+        if asked["client"]:
+            [server] = nodes[0].all_processes[constants.PROCESS_TYPE_RAY_CLIENT_SERVER]
+            _await_listener(head["ray_client_server_port"], server.process)
     except BaseException:
         _kill_all()
         raise
@@ -185,11 +199,29 @@ def _kill_all() -> None:
 
 
 def _free_port() -> int:
+    import random
     import socket
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
+    while True:
+        port = random.choice(PORTS)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
         return port
+
+
+def _await_listener(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Return when the process listens; Ray does not wait for its client server."""
+    import socket
+
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            assert process.poll() is None, "Ray's client server ended early"
+            time.sleep(0.05)
 
 
 def wait_until(holds: Any, what: str) -> None:
