@@ -43,10 +43,12 @@ class Need(NamedTuple):
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-def choose(spec: FunctionSpec, nodes: Iterable[Node], resources: Mapping[str, float] | None = None) -> Need:
+def choose(
+    spec: FunctionSpec, nodes: Iterable[Node], resources: Mapping[str, float] | None = None, *, count: int = 1
+) -> Need:
     """What to ask for: of several kinds of GPUs the first that a node has. `resources`: custom ones, beside.
 
-    Raises ResourceUnavailable, with what there is, if no node has enough.
+    Raises ResourceUnavailable, with what there is, if no node has enough; or less than `count` nodes.
     """
     nodes = list(nodes)
     options: dict[str, Any] = {"num_cpus": spec.cpu or 1}
@@ -58,16 +60,15 @@ def choose(spec: FunctionSpec, nodes: Iterable[Node], resources: Mapping[str, fl
         [Need({**options, **gpu}, 0) for gpu in _gpu_options(spec.gpu, nodes)] if spec.gpu else [Need(options, 0)]
     )
     for need in candidates:
-        slots = sum(_times(need, node) for node in nodes)
-        if slots:
-            return need._replace(slots=slots)
+        times = [_times(need, node) for node in nodes]
+        if sum(map(bool, times)) >= count:
+            return need._replace(slots=sum(times))
     wanted = [f"gpu={' or '.join(map(str, spec.gpu))}"] if spec.gpu else []
     wanted += [f"cpu={spec.cpu:g}"] if spec.cpu else []
     wanted += [f"memory={spec.memory >> 20} MiB"] if spec.memory else []
     wanted += [f"{name}={amount:g}" for name, amount in (resources or {}).items()]
-    raise ResourceUnavailable(
-        f"no node of the Ray cluster has {', '.join(wanted) or 'a CPU'}", hint=f"there is: {summary(nodes)}"
-    )
+    who = "no node of the Ray cluster has" if count == 1 else f"there are no {count} nodes in the Ray cluster that have"
+    raise ResourceUnavailable(f"{who} {', '.join(wanted) or 'a CPU'}", hint=f"there is: {summary(nodes)}")
 
 
 def _gpu_options(requests: Iterable[GpuRequest], nodes: list[Node]) -> list[dict[str, Any]]:

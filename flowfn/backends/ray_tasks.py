@@ -20,7 +20,7 @@ from flowfn.backends.jobs import CHUNK_BYTES, Jobs, More, State
 from flowfn.backends.ray_talk import Line
 from flowfn.bundle import bundle
 from flowfn_runtime import project, taskdb
-from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable, ValidationError
+from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 from flowfn_runtime.raytask import STOPPED
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ class Starting(NamedTuple):
     image: Callable[[FunctionSpec], tuple[Image | None, dict[str, Any]]]  # what to build there, and options for Ray
 
 
+class _Asked(NamedTuple):
+    """What Ray is asked for."""
+
+    job: dict[str, Any]  # what the Jobs server is told
+    image: Image | None  # to be built there
+    ranks: dict[str, Any] | None  # what an actor takes on each node, where there are several
+
+
 class RayJobs(Jobs):
     """The tasks of one cluster."""
 
@@ -57,19 +65,16 @@ class RayJobs(Jobs):
     def check(self, draft: Draft) -> None:
         self._options(draft)
 
-    def choose(self, draft: Draft) -> Jobs:
-        _refuse(draft)
-        return self
-
     def start(self, draft: Draft) -> None:
         assert self._starting is not None
         task_id: str = draft.wanted["id"]
-        options = self._options(draft)
-        image = options.pop("image")
+        options, image, ranks = self._options(draft)
         blobs = {f"runtime-{bundle().digest}": None, **{f"code-{one.digest}": one for one in draft.snapshots}}
         plan = {**draft.wanted, "box": "sandbox if needed", "gpus": None}  # Ray gives them, and the variable
         plan |= {"digest": bundle().digest, "version": list(sys.version_info[:2]), "cache": self._starting.cache}
         plan["home"] = self._starting.home
+        if ranks is not None:
+            plan["ranks"] = ranks
         if image is not None:
             plan["environment"] = image.to_dict()
         try:
@@ -84,35 +89,46 @@ class RayJobs(Jobs):
                 self._ask("put", task_id, "call", offset, piece)
             for offset, piece, _ in _pieces(json.dumps(plan).encode()):
                 self._ask("put", task_id, "plan", offset, piece)
-            self._ask("submit", task_id, options)
+            self._ask("submit", task_id, options, self._turn(draft.wanted))
         except FlowError as error:
             if not getattr(error, "uncertain", False):
                 self._ask("forget", [task_id])
             raise
 
-    def _options(self, draft: Draft) -> dict[str, Any]:
-        """What Ray is told of the job."""
+    def _options(self, draft: Draft) -> _Asked:
         from flowfn.spec import FunctionSpec
         from flowfn_runtime.gpu_request import GpuRequest
 
         assert self._starting is not None
-        _refuse(draft)
         wanted = draft.wanted
         gpus = tuple(GpuRequest(*request) for request in wanted["gpus"])
         spec = FunctionSpec(gpu=gpus, cpu=wanted["cpus"], memory=wanted["memory_bytes"], image=draft.image)
-        image, options = self._starting.image(spec)
-        need = ray_resources.choose(spec, self._ask("nodes"), self._starting.resources)
+        image, runtime_env = self._starting.image(spec)
+        need = ray_resources.choose(spec, self._ask("nodes"), self._starting.resources, count=wanted["nodes"])
         resources = dict(need.options.get("resources", {}))
         if model := need.options.get("accelerator_type"):
             resources[f"accelerator_type:{model}"] = 0.001
+        takes = {
+            "num_cpus": need.options["num_cpus"],
+            "num_gpus": need.options.get("num_gpus"),
+            "memory": need.options.get("memory"),
+            "resources": resources or None,
+        }
+        several = wanted["nodes"] > 1  # the job itself takes nothing then, and runs on the head
+        options = {f"entrypoint_{name}": None if several else amount for name, amount in takes.items()}
+        options |= {"runtime_env": runtime_env.get("runtime_env"), "metadata": {"flowfn_name": wanted["name"]}}
+        return _Asked(options, image, takes if several else None)
+
+    def _turn(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """What the task has to wait for; volumes that one task has at a time are those of a home there."""
+        assert self._starting is not None
+        block = [volume for volume in wanted["volumes"] if volume.get("interface") != "file"]
+        where = f"{self._starting.home or ''} {wanted['project']}"
         return {
-            "entrypoint_num_cpus": need.options["num_cpus"],
-            "entrypoint_num_gpus": need.options.get("num_gpus"),
-            "entrypoint_memory": need.options.get("memory"),
-            "entrypoint_resources": resources or None,
-            "runtime_env": options.get("runtime_env"),
-            "metadata": {"flowfn_name": wanted["name"]},
-            "image": image,
+            "name": wanted["name"],
+            # The cluster may have been started anew since those ended that are known to have.
+            "depends_on": [one for one in wanted["depends_on"] if taskdb.get(one).state != taskdb.COMPLETED],
+            "volumes": [f"{where}/{volume.get('volume_id') or volume.get('name')}" for volume in block],
         }
 
     # asking
@@ -204,6 +220,8 @@ def judge(facts: Mapping[str, Any]) -> State | FlowError:
     started, attempts = told.get("started_at"), told.get("attempts", 0)
     if outcome := facts.get("outcome"):
         return State(**{"started_at": started, "attempts": attempts, **outcome})
+    if "held" in facts:
+        return State(taskdb.PENDING, facts["held"])
     if "unknown" in facts:
         return BackendUnavailable(facts["unknown"])
     job = facts.get("job")
@@ -226,18 +244,6 @@ def judge(facts: Mapping[str, Any]) -> State | FlowError:
         said = "\n".join((job["message"] or "no reason given").strip().splitlines()[-12:])
         reason = f"its Ray job ended without a word, {status.lower()}: {said}"
     return State(taskdb.FAILED, reason, None, started, ended, attempts)
-
-
-def _refuse(draft: Draft) -> None:
-    if draft.wanted["nodes"] > 1:
-        raise ValidationError(
-            f"num_instances={draft.wanted['nodes']}: a task on Ray is a job with one driver",
-            hint="have it start Ray tasks or actors on other nodes: RAY_ADDRESS is set in it",
-        )
-    if draft.wanted["depends_on"]:
-        raise ValidationError(
-            "depends_on: Ray's jobs do not wait for each other", hint="wait for the others first: task.wait()"
-        )
 
 
 def _pieces(data: bytes) -> Iterator[tuple[int, bytes, bool]]:

@@ -1,7 +1,8 @@
 """Runs a task in a job of Ray: the driver that Ray knows, and below it the supervisor (`taskjob`), as in other engines.
 
 It gets what is to be done from the cluster's keeper (`flowfn.backends.ray_keeper`), and sends there what the task
-leaves, as it grows. How it ended is sent last, when nothing of the task is left on this node.
+leaves, as it grows. How it ended is sent last, when nothing of the task is left on this node. A task of several nodes
+runs on others (`rayranks`); this is the cluster's head then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ CHUNK_BYTES = 1 << 22
 PATIENCE_S = 600.0  # for the keeper to be there again
 LOOK_S = 1.0
 FRESH_S = 60.0  # how old a directory without a driver has to be to be taken for left behind
-_GROWING = ("0.out", "0.err", "supervisor.log", "result")
 _START = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.insert(0, sys.argv.pop(1)); "
     "from flowfn_runtime.taskjob import main; main()"
@@ -36,17 +36,22 @@ STOPPED = "its Ray job was stopped from outside"
 
 def main(keeper: Any, task_id: str, plan: dict[str, Any], runtime: str) -> int:
     """Take the task to its end; the driver's exit status."""
-    for option, variable in (("home", "FLOW_HOME"), ("cache", "FLOW_CACHE")):
-        if plan[option]:
-            os.environ[variable] = os.path.abspath(os.path.expanduser(plan[option]))
-    directory = _directory(task_id)
-    courier = Courier(keeper, task_id, directory)
+    configure(plan)
+    directory = make_directory(task_id)
+    courier = Courier(keeper, task_id, directory, plan["nodes"])
     signal.signal(signal.SIGTERM, courier.on_sigterm)
     limits.set_subreaper()
     threading.Thread(target=courier.await_cancel, daemon=True).start()
     outcome: dict[str, Any] = {"state": "failed", "reason": "", "ended_at": 0.0}
     try:
-        courier.fetch(plan)
+        if plan["nodes"] > 1:
+            from .rayranks import Gang
+
+            # Nothing is staged or taken here.
+            courier.fetch({**plan, "mounts": [], "volumes": [], "ephemeral": [], "ports": []})
+            Gang(courier, keeper, task_id, plan)
+        else:
+            courier.fetch(plan)
         outcome["reason"] = _run(courier, directory, runtime, plan)
         outcome = taskdir.read_json(directory, "outcome.json") or outcome
     except Exception as error:
@@ -61,8 +66,23 @@ def main(keeper: Any, task_id: str, plan: dict[str, Any], runtime: str) -> int:
     return 0 if outcome["state"] == "completed" else outcome.get("exit_code") or 1
 
 
-def _directory(task_id: str) -> str:
-    """Make the task's directory on this node; remove those of drivers that were killed."""
+def configure(plan: Mapping[str, Any]) -> None:
+    """Have this process, and what it starts, use the directories of this node that the client has named."""
+    for option, variable in (("home", "FLOW_HOME"), ("cache", "FLOW_CACHE")):
+        if plan[option]:
+            os.environ[variable] = os.path.abspath(os.path.expanduser(plan[option]))
+
+
+def environment(plan: Mapping[str, Any]) -> dict[str, str]:
+    """The variables of what is started for the task."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "SLURMD_"))}
+    if not plan["cpus"]:
+        env.pop("OMP_NUM_THREADS", None)  # Ray sets it by what a job asks for
+    return env
+
+
+def make_directory(task_name: str) -> str:
+    """Make a directory for a task on this node; remove those of drivers that were killed."""
     root = paths.private_dir(os.path.join(paths.private_dir(paths.home()), "ray-jobs"))
     for name in os.listdir(root):
         other = os.path.join(root, name)
@@ -71,7 +91,7 @@ def _directory(task_id: str) -> str:
                 taskdir.remove_tree(other)
         except OSError:
             pass  # it has just ended by itself
-    directory = os.path.join(root, task_id)
+    directory = os.path.join(root, task_name)
     os.mkdir(directory, 0o700)
     lock = os.open(os.path.join(directory, "driver"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
@@ -80,13 +100,10 @@ def _directory(task_id: str) -> str:
 
 def _run(courier: Courier, directory: str, runtime: str, plan: Mapping[str, Any]) -> str:
     """Run the supervisor, and send what the task leaves; returns how the supervisor ended."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_JOB", "SLURMD_"))}
-    if not plan["cpus"]:
-        env.pop("OMP_NUM_THREADS", None)  # Ray sets it by what a job asks for
     with open(os.path.join(directory, "supervisor.log"), "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _START, runtime, "run", directory],
-            env=env,
+            env=environment(plan),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -94,15 +111,7 @@ def _run(courier: Courier, directory: str, runtime: str, plan: Mapping[str, Any]
             # It ends the task, and all that is of it, if this process is killed.
             preexec_fn=functools.partial(limits.set_pdeathsig, signal.SIGTERM),
         )
-    ended = threading.Event()
-
-    def look() -> None:
-        process.wait()
-        ended.set()
-        with open(os.path.join(directory, "ended"), "w"):  # wakes who watches
-            pass
-
-    threading.Thread(target=look, daemon=True).start()
+    ended = mark_end(process, directory)
     with Watch(directory) as watch:
         while not ended.is_set():
             watch.wait(time.monotonic() + LOOK_S)
@@ -110,18 +119,34 @@ def _run(courier: Courier, directory: str, runtime: str, plan: Mapping[str, Any]
     return f"its supervisor ended without a word (exit status {process.returncode})"
 
 
+def mark_end(process: subprocess.Popen[bytes], directory: str) -> threading.Event:
+    """An event for the end of the process; who watches the directory is woken by it as well."""
+    ended = threading.Event()
+
+    def look() -> None:
+        process.wait()
+        ended.set()
+        with open(os.path.join(directory, "ended"), "w"):
+            pass
+
+    threading.Thread(target=look, daemon=True).start()
+    return ended
+
+
 class Courier:
     """What goes between the task's directory and the keeper."""
 
-    def __init__(self, keeper: Any, task_id: str, directory: str) -> None:
+    def __init__(self, keeper: Any, task_id: str, directory: str, nodes: int = 1) -> None:
         import ray
+
+        self.directory = directory
+        self.address: str = ray.util.get_node_ip_address()  # where the task's ports answer
 
         self._keeper = keeper
         self._task_id = task_id
-        self._directory = directory
+        self._growing = [f"{node}.{stream}" for node in range(nodes) for stream in ("out", "err")] + ["supervisor.log"]
         self._sent: dict[str, int] = {}
         self._told = b""
-        self._address: str = ray.util.get_node_ip_address()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Ask the keeper, which may be away for a while."""
@@ -139,14 +164,14 @@ class Courier:
     def on_sigterm(self, *_: object) -> None:
         """Ray stops the job: its supervisor gets the same signal, and sees to the end of it all."""
         try:
-            taskdir.cancel(self._directory, STOPPED)
+            taskdir.cancel(self.directory, STOPPED)
         except OSError:
             pass
 
     def await_cancel(self) -> None:
         """Have the task end when somebody asks for that."""
         try:
-            taskdir.cancel(self._directory, self.ask("cancelled", self._task_id))
+            taskdir.cancel(self.directory, self.ask("cancelled", self._task_id))
         except Exception:
             pass  # the directory is gone, and so is the task
 
@@ -160,32 +185,32 @@ class Courier:
                     blob = functools.partial(self.ask, "blob", f"code-{digest}")
                     project.unpack(io.BufferedReader(_Pieces(blob)), store)
         if plan["call"]:
-            fd = os.open(os.path.join(self._directory, "call"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            fd = os.open(os.path.join(self.directory, "call"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(fd, "wb") as file:
                 while piece := self.ask("read", self._task_id, "call", file.tell()):
                     file.write(piece)
-        taskdir.reserve_outcome(self._directory)
+        taskdir.reserve_outcome(self.directory)
         told = {**plan, "home": home, "cache": os.environ.get("FLOW_CACHE")}
-        taskdir.write_private(self._directory, "plan.json", json.dumps(told).encode())
+        taskdir.write_private(self.directory, "plan.json", json.dumps(told).encode())
 
     def send(self, *, last: bool = False) -> None:
         """What is new in the task's files; the result only when it is whole."""
-        for name in _GROWING if last else _GROWING[:-1]:
+        for name in [*self._growing, "result"] if last else self._growing:
             while piece := self._piece(name):
                 self.ask("add", self._task_id, [(name, self._sent.get(name, 0), piece)])
                 self._sent[name] = self._sent.get(name, 0) + len(piece)
-        state = taskdir.read_json(self._directory, "state.json")
-        told = json.dumps({**(state or {}), "address": self._address}).encode() if state else b""
+        state = taskdir.read_json(self.directory, "state.json")
+        told = json.dumps({**(state or {}), "address": self.address}).encode() if state else b""
         if told != self._told:
             self.ask("add", self._task_id, [("state.json", -1, told)])
             self._told = told
-        if "started" not in self._sent and os.path.exists(os.path.join(self._directory, "started")):
+        if "started" not in self._sent and os.path.exists(os.path.join(self.directory, "started")):
             self.ask("add", self._task_id, [("started", -1, b"")])
             self._sent["started"] = 0
 
     def _piece(self, name: str) -> bytes:
         try:
-            fd = os.open(os.path.join(self._directory, name), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(os.path.join(self.directory, name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return b""
         try:

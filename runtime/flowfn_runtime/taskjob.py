@@ -11,7 +11,7 @@ job.log       what the engine's script prints
 ```
 
 An engine may end the job at any time and may run it again. So being ended is no outcome: what it was is the engine's to
-say. A job of several nodes starts the same with `rank` on each of them, through srun.
+say. A job of several nodes starts the same with `rank` on each of them: through srun, or through Ray (`rayranks`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from .supervisor import Ended, Supervisor
 from .tasknode import Nodes
 
 ANSWER_S = 10.0  # how long the engine may take to say how the job is
-_ADDRESSES, _PORT = "FLOW_JOB_ADDRESSES", "FLOW_JOB_PORT"  # for the ranks: where all nodes are, and where they meet
+# For the ranks: where all nodes are, where they meet, and which one it is, unless srun says so.
+ADDRESSES, PORT, RANK = "FLOW_JOB_ADDRESSES", "FLOW_JOB_PORT", "FLOW_JOB_RANK"
 
 
 def main() -> None:
@@ -83,12 +84,16 @@ class Job(Supervisor):
         self._state: dict[str, Any] = {"node": os.environ.get("SLURMD_NODENAME", ""), "address": _address()}
         super().__init__(directory, lock_fd, spec)
         self._attempts = attempts
-        self._plain = self._plain or spec["nodes"] > 1  # srun stands for the nodes
+        self._plain = self._plain or spec["nodes"] > 1  # srun stands for the nodes, or processes of ours
 
     def _make_nodes(self) -> Nodes:
         if self._refused is not None:
             raise self._refused
         if self.spec["nodes"] > 1:
+            if "ranks" in self.spec:
+                from .rayranks import Ranks
+
+                return Ranks(self.directory, self.spec)
             return Steps(self.directory, self.spec)
         return Nodes(self.directory, self.spec)
 
@@ -159,7 +164,7 @@ class Steps(Nodes):
         ]
         words += [f"--output={self._directory}/%t.out", f"--error={self._directory}/%t.err"]
         argv = [*words, sys.executable, "-c", boot, self._spec["runtime"], "rank", self._directory]
-        env = {**os.environ, _ADDRESSES: ",".join(addresses), _PORT: str(port)}
+        env = {**os.environ, ADDRESSES: ",".join(addresses), PORT: str(port)}
         self._commands = [Command(argv, env)]
 
 
@@ -172,10 +177,10 @@ class Rank(Nodes):
 
     def build(self) -> None:
         shared = [] if self._staged is None else list(self._staged.binds)
-        self._commands.append(self._command(self._rank, shared, int(os.environ[_PORT])))
+        self._commands.append(self._command(self._rank, shared, int(os.environ[PORT])))
 
     def _addresses(self) -> list[str]:
-        return os.environ[_ADDRESSES].split(",")
+        return os.environ[ADDRESSES].split(",")
 
 
 def _rank(directory: str, plan: dict[str, Any]) -> int:
@@ -184,7 +189,7 @@ def _rank(directory: str, plan: dict[str, Any]) -> int:
     try:
         spec = taskstart.complete({**plan, "depends_on": []})
         watcher = Supervisor(directory, -1, {**spec, "after": []}, terminal=True)
-        nodes = Rank(directory, spec, int(os.environ["SLURM_PROCID"]))
+        nodes = Rank(directory, spec, int(os.environ.get(RANK) or os.environ["SLURM_PROCID"]))
         nodes.acquire(lambda reason: None)
         nodes.build()
     except FlowError as error:

@@ -201,24 +201,9 @@ class Nodes:
 
     def _rendezvous(self) -> int:
         """A free port for the nodes to meet at, which no other task takes meanwhile."""
-        import fcntl
-        import socket
-
-        locks = paths.private_dir(os.path.join(paths.home(), "ports"))
-        first = int.from_bytes(os.urandom(4), "little")
-        for step in range(200):
-            port = _PORTS[(first + step) % len(_PORTS)]
-            lock = os.open(os.path.join(locks, str(port)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("", port))
-            except OSError:
-                os.close(lock)
-                continue
-            return self._keep(lock) and port
-        raise FlowError("no free port was found for the nodes to meet at")
+        port, lock = meeting_port()
+        self._keep(lock)
+        return port
 
     def _addresses(self) -> list[str]:
         """Where the nodes are: all on this host."""
@@ -293,3 +278,25 @@ class Nodes:
         if spec["gpus"] is not None:  # else an engine has given them
             env["CUDA_VISIBLE_DEVICES"] = env["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpu.visible for gpu in devices)
         return {**env, **spec["env"]}
+
+
+def meeting_port() -> tuple[int, int]:
+    """A free port of this host, and a descriptor: while that is open no other task gets the same."""
+    import fcntl
+    import socket
+
+    locks = paths.private_dir(os.path.join(paths.home(), "ports"))
+    first = int.from_bytes(os.urandom(4), "little")
+    for step in range(200):
+        port = _PORTS[(first + step) % len(_PORTS)]
+        lock = os.open(os.path.join(locks, str(port)), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", port))
+        except OSError:
+            os.close(lock)
+            continue
+        return port, lock
+    raise FlowError("no free port was found for the nodes to meet at")

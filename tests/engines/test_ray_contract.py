@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import ray_cluster
 from ray_cluster import RayCluster
 
 import flowfn as flow
-from flowfn.task import Task
 from flowfn.testing import BackendContract, Exceptions, Identity, Logs, LostWorkers, Maps, Values, base, lifecycle
 
 
@@ -36,16 +35,10 @@ def connected(cluster: RayCluster, **options: Any) -> Iterator[flow.Backend]:
 
 
 class TestRay(BackendContract):
-    unsupported = {"nodes"}
-
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls, cluster: RayCluster) -> Iterator[flow.Backend]:
         yield from connected(cluster)
-
-    def test_tasks_share_a_volume(self, submit: Callable[..., Task]) -> None:
-        """Ray starts jobs in no order: who reads waits for who writes."""
-        super().test_tasks_share_a_volume(lambda *args, **options: submit(*args, **options).wait(90))
 
     @pytest.fixture(autouse=True)
     def _cluster(self, cluster: RayCluster) -> None:

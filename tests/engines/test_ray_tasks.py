@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import engines
 import pytest
@@ -18,6 +18,7 @@ from ray_cluster import RayCluster, wait_until
 import flowfn as flow
 from flowfn import places
 from flowfn.backends.ray_tasks import judge
+from flowfn.backends.ray_turns import FAIL, GO, WAIT, Turn, decide
 from flowfn.client import Flow
 from flowfn.task import Task
 from flowfn.testing import Meeting
@@ -75,6 +76,13 @@ def submit(cluster: RayCluster, function: Callable[..., Any], address: str | Non
     backend = RayBackend(**cluster.options(address=address or cluster.address))
     task: Task = flow.function(backend=backend, **options)(function).submit()
     return task
+
+
+def RayBackend(**options: Any) -> flow.Backend:
+    """Imported late: Ray may be missing."""
+    from flowfn.backends import ray
+
+    return ray.RayBackend(**options)
 
 
 def make_work(meeting: Meeting) -> Callable[[], str]:
@@ -209,14 +217,13 @@ def test_what_is_refused(cluster: RayCluster) -> None:
     with pytest.raises(flow.ResourceUnavailable, match="no node of the Ray cluster has gpu=b200"):
         submit(cluster, len, gpu="b200")
     with Flow() as client:
-        with pytest.raises(flow.ValidationError, match="num_instances=2"):
-            client.submit("true", num_instances=2, backend=backend)
-        first = client.submit("true", backend=backend)
-        with pytest.raises(flow.ValidationError, match="depends_on"):
-            client.submit("true", depends_on=[first], backend=backend)
+        with pytest.raises(flow.ResourceUnavailable, match="there are no 4 nodes in the Ray cluster that have a CPU"):
+            client.submit("true", num_instances=4, backend=backend)
+        with pytest.raises(flow.ResourceUnavailable, match=r"there are no 2 nodes .* gpu=h100"):
+            client.submit("true", num_instances=2, instance_type="h100", backend=backend)
         with pytest.raises(flow.BackendUnavailable, match="no Ray cluster can be had at 127"):
             client.submit("true", backend=RayBackend(address="127.0.0.1:1"))
-        assert [task.task_id for task in client.list_tasks()] == [first.task_id]
+        assert client.list_tasks() == []
 
 
 def test_a_cluster_without_a_jobs_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +265,161 @@ def test_parts_of_the_cluster_that_are_lost(project: Path, meeting: Meeting, mon
             made.remove()
 
 
+# Ranks meet, and say below which process of Ray each of them runs.
+RANK = """
+import os, socket, time
+rank, count = int(os.environ["FLOW_NODE_RANK"]), int(os.environ["FLOW_NODE_COUNT"])
+where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+assert len(os.environ["FLOW_NODE_IPS"].split(",")) == count
+pid = os.getpid()
+above = []
+while pid > 1:
+    pid = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+    above.append(pid)
+if rank == 0:
+    listener = socket.create_server(where)
+    others = [listener.accept()[0] for _ in range(count - 1)]
+    met = sorted(other.recv(1) for other in others)
+    for other in others:
+        other.sendall(b"!")
+else:
+    while True:
+        try:
+            link = socket.create_connection(where)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+    link.sendall(str(rank).encode())
+    met = link.recv(1)
+print(met, os.environ.get("CUDA_VISIBLE_DEVICES"), *above)
+"""
+
+
+class TestSeveralNodes:
+    def test_ranks_meet(self, cluster: RayCluster) -> None:
+        with Flow() as client:
+            task = client.submit(["python", "-c", RANK], num_instances=3, backend=RayBackend(**cluster.options()))
+            assert task.wait(WAIT_S).status == "completed", (task.reason, task.logs(stderr=True))
+        said = [task.logs(node=node) for node in range(3)]
+        assert [words.partition(" None")[0] for words in said] == ["[b'1', b'2']", "b'!'", "b'!'"]
+        raylets = [set(map(int, words.split("None")[1].split())) & set(cluster.raylets) for words in said]
+        assert set.union(*raylets) == set(cluster.raylets) and all(len(above) == 1 for above in raylets)
+        assert left_on_nodes(cluster) == []
+
+    def test_each_has_gpus_of_its_node(self, cluster: RayCluster) -> None:
+        words = 'echo "$FLOW_NODE_RANK: $CUDA_VISIBLE_DEVICES"'
+        backend = RayBackend(**cluster.options())
+        with Flow() as client:
+            task = client.submit(words, num_instances=2, instance_type="1", backend=backend).wait(WAIT_S)
+        assert task.status == "completed", (task.reason, task.logs(stderr=True))
+        said = [task.logs(node=node).strip() for node in (0, 1)]
+        assert [words[:3] for words in said] == ["0: ", "1: "] and all(words[3:] in ("0", "1") for words in said)
+
+    def test_one_that_fails_ends_the_others_and_is_tried_again(self, cluster: RayCluster, meeting: Meeting) -> None:
+        where, port = meeting._listener.getsockname()
+        program = f"""
+import os, socket
+link = socket.create_connection(({where!r}, {port}))
+link.sendall(os.environ["FLOW_NODE_RANK"].encode() + b"\\n")
+os._exit(link.recv(1)[0])
+"""
+        with Flow() as client:
+            task = client.submit(
+                ["python", "-c", program], num_instances=2, retries=1, backend=RayBackend(**cluster.options())
+            )
+            for _ in range(2):
+                met = sorted((meeting.next(), meeting.next()), key=lambda one: one.said)
+                assert [one.said for one in met] == ["0", "1"]
+                met[1]._socket.sendall(b"\3")
+                met[0].wait_for_end()
+            assert task.wait(WAIT_S).status == "failed"
+        assert (task.reason, task.exit_code) == ("node 1 exit code 3", 3)
+        assert "attempt 1 failed (node 1 exit code 3)" in task.logs(stderr=True)
+        assert left_on_nodes(cluster) == []
+
+    def test_it_is_cancelled(self, cluster: RayCluster) -> None:
+        with Flow() as client:
+            task = client.submit("echo up; sleep 611", num_instances=2, backend=RayBackend(**cluster.options()))
+            assert next(iter(task.logs(follow=True))) == "up\n"
+            assert task.cancel("enough").wait(WAIT_S).status == "cancelled"
+        assert task.reason == "enough"
+        assert b"sleep\0611" not in b"".join(map(ray_cluster._command, cluster.processes()))
+        assert left_on_nodes(cluster) == []
+
+    def test_a_driver_that_is_killed(self, cluster: RayCluster) -> None:
+        with Flow() as client:
+            task = client.submit("echo up; sleep 612", num_instances=2, backend=RayBackend(**cluster.options()))
+            assert next(iter(task.logs(follow=True))) == "up\n"
+            os.kill(driver_of(cluster, task), signal.SIGKILL)
+            assert task.wait(WAIT_S).status == "failed"
+        wait_until(
+            lambda: b"sleep\0612" not in b"".join(map(ray_cluster._command, cluster.processes())), "ranks are left"
+        )
+
+    def test_a_call(self, cluster: RayCluster, project: Path) -> None:
+        (project / "ranks.py").write_text("import os\n\ndef rank():\n    return int(os.environ['FLOW_NODE_RANK'])\n")
+        with Flow() as client:
+            backend = RayBackend(**cluster.options())
+            assert client.invoke("ranks.py", "rank", num_instances=2, backend=backend) == 0
+
+
+class TestOrder:
+    def test_what_completes_and_what_fails(self, cluster: RayCluster, meeting: Meeting) -> None:
+        backend = RayBackend(**cluster.options())
+        first = submit(cluster, make_work(meeting), name="first")
+        with Flow() as client:
+            second = client.submit("echo second", depends_on=[first], backend=backend)
+            third = client.submit("exit 4", depends_on=[first, second], name="third", backend=backend)
+            never = client.submit("echo never", depends_on=[third], backend=backend)
+            met = meeting.next()
+            wait_until(lambda: second.refresh().reason == f"it waits for {first.task_id}", second.reason)
+            assert (second.status, third.status, never.status) == ("pending", "pending", "pending")
+            met.let_go()
+            assert never.wait(WAIT_S).status == "failed"
+        assert never.reason == f"it depends on {third.name} ({third.task_id}), which failed"
+        assert (second.status, second.logs(), third.exit_code) == ("completed", "second\n", 4)
+        assert first.ended_at <= second.started_at and second.ended_at <= third.started_at
+
+    def test_what_waits_is_cancelled(self, cluster: RayCluster, meeting: Meeting) -> None:
+        first = submit(cluster, make_work(meeting))
+        with Flow() as client:
+            backend = RayBackend(**cluster.options())
+            second = client.submit("echo second", depends_on=[first], name="second", backend=backend)
+            third = client.submit("echo third", depends_on=[second], backend=backend)
+            assert second.cancel("not needed").wait(WAIT_S).reason == "not needed"
+            assert third.wait(WAIT_S).status == "failed"
+            assert third.reason == f"it depends on {second.name} ({second.task_id}), which was cancelled"
+        meeting.next().let_go()
+        assert first.result(WAIT_S) == "done"
+
+    def test_one_at_a_time_has_a_volume(self, cluster: RayCluster, meeting: Meeting) -> None:
+        mounts = {"/kept": "volume://turns"}
+        tasks = [submit(cluster, make_work(meeting), mounts=mounts) for _ in range(3)]
+        shared = submit(cluster, make_work(meeting), mounts={"/kept": "volume://others"})
+        met = {meeting.next(), meeting.next()}
+        assert [task.refresh().status for task in (*tasks, shared)] == ["running", "pending", "pending", "running"]
+        assert tasks[1].reason == f"it waits for a volume that {tasks[0].task_id} has"
+        assert tasks[2].reason == "it waits for a volume; 2 tasks are before it"
+        os.kill(driver_of(cluster, tasks[0]), signal.SIGKILL)  # and says nothing of it
+        for _ in range(2):
+            meeting.next().let_go()
+        assert [task.wait(WAIT_S).status for task in tasks] == ["failed", "completed", "completed"]
+        assert shared.status == "running"
+        for one in met:
+            one.let_go()
+        assert shared.result(WAIT_S) == "done"
+
+    def test_a_keeper_that_is_killed_meanwhile(self, cluster: RayCluster, meeting: Meeting) -> None:
+        first = submit(cluster, make_work(meeting))
+        met = meeting.next()
+        with Flow() as client:
+            second = client.submit("echo second", depends_on=[first], backend=RayBackend(**cluster.options()))
+            [keeper] = [pid for pid in cluster.processes() if ray_cluster._command(pid).startswith(b"ray::Keeper")]
+            os.kill(keeper, signal.SIGKILL)
+            met.let_go()
+            assert second.wait(WAIT_S).logs() == "second\n"
+
+
 class TestJudging:
     def test_what_a_task_said_counts(self) -> None:
         outcome = {"state": "completed", "reason": "", "exit_code": 0, "ended_at": 2.0}
@@ -284,3 +446,30 @@ class TestJudging:
         said = job and {"status": job[0], "message": job[1], "end_time": None}
         judged: Any = judge({"job": said, "cancel": cancel})
         assert (judged.state, judged.reason) == (state, reason)
+
+
+class TestTurns:
+    TURNS: ClassVar[dict[str, Turn]] = {
+        "a": Turn(1, "one", volumes=("v",)),
+        "b": Turn(2, "two", volumes=("v", "w")),
+        "c": Turn(3, "three", ("a",), ("w",)),
+    }
+
+    @pytest.mark.parametrize(
+        ("task", "ended", "what", "why"),
+        [
+            ("a", {}, GO, ""),
+            ("b", {}, WAIT, "it waits for a volume that a has"),
+            ("b", {"a": "failed"}, GO, ""),
+            ("c", {}, WAIT, "it waits for a"),
+            ("c", {"a": "completed"}, WAIT, "it waits for a volume that b has"),
+            ("c", {"a": "completed", "b": "cancelled"}, GO, ""),
+            ("c", {"a": "failed"}, FAIL, "it depends on one (a), which failed"),
+            ("c", {"a": "cancelled"}, FAIL, "it depends on one (a), which was cancelled"),
+        ],
+    )
+    def test_whose_it_is(self, task: str, ended: dict[str, str], what: str, why: str) -> None:
+        assert decide(task, self.TURNS, ended) == (what, why)
+
+    def test_a_task_that_is_not_known(self) -> None:
+        assert decide("d", {"d": Turn(1, "four", ("gone",))}, {})[0] == FAIL
