@@ -7,9 +7,10 @@ header (36 bytes) │ table (16 bytes a buffer) │ meta │ body │ buffers th
 ```
 
 - `meta` is JSON or packed integers, and can be read without trusting anybody; `body` is a pickle.
-- A buffer's table entry is its length and where it is: 0 means it follows in the stream, n > 0 that it lies at
-  offset n - 1 of the shared-memory segment that the header names (see `shm`). Shared memory is an acceleration that
-  both ends agree on when they connect; without it everything follows in the stream.
+- A buffer's table entry is its length and where it is: 0 means it follows in the stream, all ones that it does so and
+  is to arrive as bytes, any other n that it lies at offset n - 1 of the shared-memory segment that the header names
+  (see `shm`). Shared memory is an acceleration that both ends agree on when they connect; without it everything follows
+  in the stream.
 - The header carries a checksum of itself, so that stray bytes on the descriptor are noticed, not obeyed.
 
 A conversation: both ends send HELLO (versions, see `hello`), and check the other's before they unpickle anything. The
@@ -22,6 +23,7 @@ a thread, until a frame without the flag. This keeps the common case, one call a
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
 import struct
@@ -43,6 +45,7 @@ HEAD = struct.Struct("<2sBBIIIIIQI")  # magic kind flags call arg segment buffer
 ENTRY = struct.Struct("<QQ")
 READ_BYTES = 1 << 16
 IOV_MAX = 512
+FROZEN = (1 << 64) - 1  # where a buffer is that follows and is to arrive as bytes
 INLINE_BYTES = 1 << 16  # parts smaller than this are joined into one write
 
 # What poll says of a stream whose other end is gone; a socket's may close one half.
@@ -126,7 +129,7 @@ class Stream:
             if segment is not None:
                 self._write(kind, flags, call, arg, segment.number, meta, body, segment.fill(buffers), ())
                 return
-        entries = [(len(b), 0) for b in buffers]
+        entries = [(len(b), FROZEN if _of_bytes(b) else 0) for b in buffers]
         self._write(kind, flags, call, arg, 0, meta, body, entries, buffers, later)
 
     def send_back(self, kind: int, *, call: int, arg: int, body: Any, buffers: list[Any]) -> None:
@@ -274,7 +277,9 @@ class Stream:
                 raise ProtocolError("a frame names shared memory, and none was agreed on")
             view = owner.view(segment)
         for length, where in ENTRY.iter_unpack(table):
-            if not where:
+            if where == FROZEN:
+                buffers.append(self._take_bytes(length))
+            elif not where:
                 taken = self._take(length)
                 # Arrays made of it are their owner's to change, however small they are.
                 buffers.append(bytearray(taken) if type(taken) is bytes else taken)
@@ -293,19 +298,34 @@ class Stream:
             self._rest = rest[size:]
             return rest[:size]
         out = bytearray(size)
-        out[: len(rest)] = rest
-        self._rest = b""
-        done = len(rest)
         with memoryview(out) as view:
-            while done < size:
-                try:
-                    got = os.readv(self.read_fd, [view[done:]])
-                except OSError as error:
-                    raise EOFError(f"the other side is gone ({error.strerror})") from None
-                if not got:
-                    raise EOFError("the other side is gone in the middle of a frame")
-                done += got
+            self._fill(view)
         return out
+
+    def _take_bytes(self, size: int) -> bytes:
+        """As `_take`, as bytes that are never copied: a copy of many goes to fresh pages, which takes as long again."""
+        if len(self._rest) >= size:
+            return bytes(self._take(size))
+        out = io.BytesIO()
+        out.seek(size - 1)
+        out.write(b"\0")
+        with out.getbuffer() as view:
+            self._fill(view)
+        return out.getvalue()
+
+    def _fill(self, view: memoryview) -> None:
+        """What was read already, and the rest."""
+        done = len(self._rest)
+        view[:done] = self._rest
+        self._rest = b""
+        while done < len(view):
+            try:
+                got = os.readv(self.read_fd, [view[done:]])
+            except OSError as error:
+                raise EOFError(f"the other side is gone ({error.strerror})") from None
+            if not got:
+                raise EOFError("the other side is gone in the middle of a frame")
+            done += got
 
     def _read(self) -> bytes:
         try:
@@ -330,6 +350,11 @@ class Stream:
         self.close()
         self._lock = threading.Lock()
         self.arena = self.mapped = None
+
+
+def _of_bytes(buffer: Any) -> bool:
+    """Whether a big bytes object travels, and no array's memory."""
+    return len(buffer) >= INLINE_BYTES and type(buffer) is memoryview and type(buffer.obj) is bytes
 
 
 def _wait_for_room(fd: int) -> None:

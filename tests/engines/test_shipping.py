@@ -92,6 +92,33 @@ def test_the_runtime_is_kept_by_its_digest(elsewhere: Callable[..., Elsewhere]) 
     assert os.stat(file).st_ino == before
 
 
+def test_where_the_runtime_is_kept_nothing_is_waited_for(elsewhere: Callable[..., Elsewhere]) -> None:
+    """All that is to be said is said before the other side has spoken, and is enough."""
+    backend = elsewhere()
+    flow.function(backend=backend)(abs).remote(-1)
+    ask = {"digest": bundle().digest, "size": 0, "python": [*sys.version_info[:2], sys.implementation.name]}
+    setup = shipping.Launch({"keep": 60.0}).frame()
+    said = json.dumps({**ask, "then": len(setup)}).encode() + b"\n" + setup
+    assert is_ready(backend, said)
+    # Another runtime is lacking: what was said for it is passed over, and then it is waited for.
+    said = json.dumps({**ask, "digest": "d", "then": len(setup)}).encode() + b"\n" + setup
+    more = json.dumps({"digest": bundle().digest, "size": 0}).encode() + b"\n" + setup
+    assert is_ready(backend, said + more)
+
+
+def is_ready(backend: Elsewhere, said: bytes) -> bool:
+    """Whether a worker's program that is told this gets ready."""
+    argv = [*backend.argv, *loader.program(sys.executable)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(said)
+        answered = b""
+        while b'"ready": true' not in answered and (more := process.stdout.read(1 << 16)):
+            answered += more
+        process.stdin.close()
+    return b'"ready": true' in answered
+
+
 def test_the_bundle_is_named_by_content() -> None:
     one = Bundle([("a.py", b"1"), ("b.py", b"2")])
     assert one.digest == Bundle([("a.py", b"1"), ("b.py", b"2")]).digest

@@ -47,7 +47,7 @@ def decorated(x: int) -> int:
 # by name
 
 
-@pytest.mark.parametrize("function", [module_function, json.dumps, os.path.join, Holder.static])
+@pytest.mark.parametrize("function", [module_function, json.dumps, os.path.join, Holder.static, abs])
 def test_what_can_be_imported_goes_by_name(function: Any) -> None:
     body = Body(function)
     version = body.current()

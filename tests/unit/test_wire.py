@@ -191,6 +191,20 @@ def test_received_buffers_may_be_written(pair: Pair, shared: Pair) -> None:
             memoryview(buffer)[0] = 1
 
 
+@pytest.mark.parametrize("size", [600, 1 << 16, 200_000, 3 << 20])
+def test_bytes_arrive_as_bytes_and_arrays_as_their_owners_to_change(pair: Pair, size: int) -> None:
+    value = os.urandom(size)
+    sent = [memoryview(value), memoryview(bytearray(value)), memoryview(value)]
+    sender = threading.Thread(target=pair.here.send, args=(wire.CALL,), kwargs={"buffers": sent})
+    sender.start()
+    received = pair.there.receive().buffers
+    sender.join()
+    assert received == [value] * 3
+    assert type(received[1]) is bytearray
+    if size >= 1 << 16:
+        assert type(received[0]) is type(received[2]) is bytes
+
+
 def test_many_threads_may_send(pair: Pair) -> None:
     def send(number: int) -> None:
         for i in range(30):
