@@ -43,6 +43,10 @@ ATTEMPTS = 3  # to start a worker: the project changes while it is sent, or the 
 WAIT_S = 600.0  # for Ray to have room for a worker; an autoscaler takes minutes
 
 
+# What a worker that starts meets where its node is lost, and the cluster is not.
+NODE_LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+
+
 class RayBackend(Backend):
     """Workers on a Ray cluster: a running one (`address` or `url`, `RAY_ADDRESS`), else one started on this machine.
 
@@ -92,15 +96,20 @@ class RayBackend(Backend):
     # the contract
 
     def connect(self, spec: FunctionSpec) -> Connection:
-        environment, options = self._image(spec)
-        need = self._choose(spec)
-        options = {**need.options, **options, "max_retries": 0}
-        if self._spread:
-            options["scheduling_strategy"] = "SPREAD"
+        environment, more = self._image(spec)
         launch = shipping.launch(spec, enforce={"cpu", "memory"}, environ=self._environ, image=environment)
         generation = self._closed
         for attempt in range(1, ATTEMPTS + 1):
-            connection: Any = self._start(spec, need, options, generation)
+            need = self._choose(spec)
+            options = {**need.options, **more, "max_retries": 0}
+            if self._spread:
+                options["scheduling_strategy"] = "SPREAD"
+            try:
+                connection: Any = self._start(spec, need, options, generation)
+            except BackendUnavailable as error:
+                if attempt < ATTEMPTS and isinstance(error.__cause__, NODE_LOST):
+                    continue
+                raise
             try:
                 self._check_open(generation)
                 said = connection.said_first
