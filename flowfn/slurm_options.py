@@ -6,8 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowfn.spec import parse_timeout
 from flowfn_runtime.errors import ResourceUnavailable, ValidationError
@@ -28,14 +27,8 @@ _NOT_EXTRA = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Slurm:
-    """Where and how Slurm runs workers: `backend=flow.Slurm(partition="gpu", time="4h")`.
-
-    Two of the same options are the same backend, and share workers. What a function needs (`gpu=`, `cpu=`, `memory=`)
-    it says itself. Raises ValidationError, naming the option.
-    """
-
+# Nothing here is a dataclass: importing what makes these would delay the start of srun.
+class _Options(NamedTuple):
     partition: str | None = None  # one, or several separated by commas; None: the cluster's default
     account: str | None = None
     qos: str | None = None
@@ -54,14 +47,30 @@ class Slurm:
     ssh_config: str | None = None  # a file in place of ~/.ssh/config
     allocation: bool | None = None  # run within the job that this process runs in; None: if there is one that has room
 
-    def __post_init__(self) -> None:
+
+class Slurm(_Options):
+    """Where and how Slurm runs workers: `backend=flow.Slurm(partition="gpu", time="4h")`.
+
+    Two of the same options are the same backend, and share workers. What a function needs (`gpu=`, `cpu=`, `memory=`)
+    it says itself. Raises ValidationError, naming the option.
+    """
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # its signature is that of the fields
+
+        def __new__(cls, *args, **given):
+            made = super().__new__(cls, *args, **given)
+            made._check()
+            return super().__new__(cls, **{**made._asdict(), "extra": parse_extra(made.extra)})
+
+    def _check(self) -> None:
         for option in (*_PLAIN, "python", "cache", "home", "login", "ssh_config"):
             value = getattr(self, option)
             if value is not None and (not isinstance(value, str) or not value.strip() or value.startswith("-")):
                 raise ValidationError(f"{option}={value!r} is not accepted; accepted: a name")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
             raise ValidationError(f"workers={self.workers!r} is not accepted; accepted: a whole number, 1 or more")
-        object.__setattr__(self, "extra", parse_extra(self.extra))
         job_time(self.time)
         parse_timeout(self.wait, option="wait")
 
@@ -121,8 +130,7 @@ def job_time(time: Any) -> str | None:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One node of one partition, as sinfo says."""
 
     partition: str
@@ -204,8 +212,7 @@ def fits(request: GpuRequest, kind: str) -> bool:
     return request.fits(model_of(kind.replace("_", " ")) if kind else "", int(memory[1]) * 10**9 if memory else 0)
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """What one worker takes, in Slurm's words."""
 
     cpus: int = 1

@@ -312,7 +312,8 @@ def _parse_name(value: Any) -> str | None:
 def _parse_backend(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.strip()):
         return value.strip() if value else None
-    if isinstance(value, (str, bytes, int, float, list, tuple, dict, set)):
+    options = hasattr(value, "make_backend")  # which may be a named tuple
+    if not options and isinstance(value, (str, bytes, int, float, list, tuple, dict, set)):
         raise _wrong("backend", value, 'the name of a backend, such as "local", or a backend object')
     return value
 

@@ -60,6 +60,10 @@ class SlurmBackend(Backend):
 
     # the contract
 
+    def begin(self) -> None:
+        if self._within() is None:
+            self.queue.look_ahead()
+
     def connect(self, spec: FunctionSpec) -> Connection:
         image = _image(spec)
         generation = self._closed
@@ -132,8 +136,7 @@ class SlurmBackend(Backend):
 
     def _plan(self, spec: FunctionSpec) -> tuple[int, list[str]]:
         """How many workers of the spec there can be at once, and what srun is to be told of each."""
-        job = slurm_options.within(os.environ)
-        if job and (self.options.allocation or (self.options.allocation is None and self.options.anywhere)):
+        if (job := self._within()) is not None:
             try:
                 need, count = slurm_options.choose(spec, self.queue.allocation(job))
                 return count, [*need.step_arguments(job), *self.options.extra]
@@ -147,6 +150,12 @@ class SlurmBackend(Backend):
             )
         need, count = self.choose(spec)
         return count, need.arguments() + self.options.arguments()
+
+    def _within(self) -> str | None:
+        """The job whose allocation workers are to use if there is room."""
+        job = slurm_options.within(os.environ)
+        wanted = self.options.allocation or (self.options.allocation is None and self.options.anywhere)
+        return job if job and wanted else None
 
     def choose(self, spec: FunctionSpec) -> tuple[slurm_options.Need, int]:
         """What a worker of the spec asks for, and how many the cluster holds at once."""

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 
 from flowfn.slurm_options import SINFO, Node, allocated, nodes_of
 from flowfn_runtime.errors import FlowError
-from flowfn_runtime.slurmsays import COMMAND_S, SQUEUE, Job, environment, jobs_of, run
+from flowfn_runtime.slurmsays import COMMAND_S, SQUEUE, Job, environment, finish, jobs_of, run, start
 
 if TYPE_CHECKING:
     from flowfn.backends.slurm_login import Login
 
 SQUEUE_S = 10.0  # how long an answer about jobs is waited for, which is not worth more
 NODES_S = 30.0  # how long what sinfo said is good for
+
+_NODES = ("sinfo", "-h", "-N", "-a", "-o", SINFO)
 
 # A client that is killed can't cancel its jobs. This shell does: its standard input ends with the client.
 _GUARD = """
@@ -48,6 +50,7 @@ class Queue:
         self._looked = 0.0
         self._jobs: dict[str, Job] = {}
         self._nodes: tuple[float, list[Node]] | None = None
+        self._ahead: subprocess.Popen[str] | None = None  # asks for the nodes
         self._allocations: dict[str, list[Node]] = {}
         self._guard: subprocess.Popen[bytes] | None = None
         self._count = 0
@@ -57,13 +60,27 @@ class Queue:
         """What one of Slurm's commands prints, there where the cluster is."""
         if self.login is None:
             return run(*argv, timeout=timeout)
-        return run(*self.login.command(argv), timeout=timeout, name=argv[0], explain=self.login.explain)
+        process = start(*self.login.command(argv))
+        return finish(process, argv[0], timeout=timeout, explain=self.login.explain)
+
+    def look_ahead(self) -> None:
+        """Somebody will ask for the nodes in a moment: ask now, once. Raises nothing."""
+        if self._nodes is None and self._ahead is None and self.login is None and self._lock.acquire(blocking=False):
+            try:
+                if self._nodes is None and self._ahead is None:
+                    self._ahead = start(*_NODES)
+            except FlowError:
+                pass  # who asks will hear of it
+            finally:
+                self._lock.release()
 
     def nodes(self) -> list[Node]:
         """What the cluster has. Raises BackendUnavailable."""
         with self._lock:
             if self._nodes is None or time.monotonic() - self._nodes[0] > NODES_S:
-                self._nodes = time.monotonic(), nodes_of(self.run("sinfo", "-h", "-N", "-a", "-o", SINFO))
+                ahead, self._ahead = self._ahead, None
+                said = finish(ahead, _NODES[0]) if ahead else self.run(*_NODES)
+                self._nodes = time.monotonic(), nodes_of(said)
             return self._nodes[1]
 
     def allocation(self, job: str) -> list[Node]:
@@ -132,6 +149,9 @@ class Queue:
         """All jobs are over: nobody need see to it."""
         with self._lock:
             guard, self._guard, self._nodes = self._guard, None, None
+            ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            _drop(ahead)
         if self.login is not None:
             self.login.close()
         if guard is not None:
@@ -139,6 +159,13 @@ class Queue:
             guard.send_signal(signal.SIGKILL)
             guard.wait()
             guard.stdin.close()
+
+
+def _drop(process: subprocess.Popen[str]) -> None:
+    """Nobody wants its answer any more."""
+    process.kill()
+    with process:
+        pass
 
 
 _all: weakref.WeakSet[Queue] = weakref.WeakSet()
@@ -149,6 +176,13 @@ def _after_fork() -> None:
     for queue in list(_all):
         if queue.login is not None:
             queue.login.forget()
+        queue._lock = threading.Lock()
+        if queue._ahead is not None:
+            for pipe in (queue._ahead.stdout, queue._ahead.stderr):
+                assert pipe
+                pipe.close()
+            queue._ahead.returncode = 0  # it is the parent's child
+            queue._ahead = None
         if queue._guard is not None and queue._guard.stdin is not None:
             queue._guard.stdin.close()
             queue._guard.returncode = 0  # it is the parent's child

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .errors import BackendUnavailable, FlowError, ResourceUnavailable
 
@@ -18,8 +18,7 @@ _NOT_OURS = ("LABELIO", "STDINMODE", "STDOUTMODE", "STDERRMODE", "MULTI_PROG", "
 SQUEUE = "%j|%A|%T|%N|%m|%r"  # name, number, state, nodes, memory, reason; the last may hold anything
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One job as squeue or sacct says."""
 
     name: str
@@ -63,51 +62,65 @@ def environment(*, python_first: bool = False) -> dict[str, str]:
     return environ
 
 
-def run(
-    *argv: str,
+def start(*argv: str, environ: Mapping[str, str] | None = None, reads: bool = False) -> subprocess.Popen[str]:
+    """Have one of Slurm's commands begin; `finish` says what it printed. `reads`: its standard input is given then."""
+    try:
+        return subprocess.Popen(
+            argv,
+            env=dict(environ) if environ is not None else environment(),
+            stdin=subprocess.PIPE if reads else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is for this process
+        )
+    except OSError as error:
+        raise missing(argv[0], error) from None
+
+
+def finish(
+    process: subprocess.Popen[str],
+    name: str,
+    *,
     timeout: float = COMMAND_S,
-    name: str | None = None,
     given: str | None = None,
     explain: Callable[[int, str], FlowError | None] | None = None,
-    environ: Mapping[str, str] | None = None,
     asked: str = "",
     there: Callable[[], str] | None = None,
 ) -> str:
     """What one of Slurm's commands prints; `given` is its standard input.
 
-    `name` and `explain` are of a command that runs through another program: what it is, and what that one's failures
-    mean. `asked` and `there` are for messages, see `meaning`. Raises BackendUnavailable, with an attribute `uncertain`
-    if it may have done its work all the same, or ResourceUnavailable for what Slurm refuses.
+    `explain` is of a command that runs through another program: what that one's failures mean. `asked` and `there` are
+    for messages, see `meaning`. Raises BackendUnavailable, `uncertain` if it may have done its work all the same, or
+    ResourceUnavailable for what Slurm refuses.
     """
-    name = name or argv[0]
-    try:
-        done = subprocess.run(
-            argv,
-            env=dict(environ) if environ is not None else environment(),
-            stdin=subprocess.DEVNULL if given is None else None,
-            input=given,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
-    except OSError as error:
-        raise missing(argv[0], error) from None
-    except subprocess.TimeoutExpired:
-        late = BackendUnavailable(
-            f"Slurm does not answer: {name} took longer than {timeout:g} s",
-            hint="is slurmctld running? scontrol ping",
-        )
-        late.uncertain = True
-        raise late from None
-    if done.returncode:
-        if explain and (failure := explain(done.returncode, done.stderr)):
+    with process:
+        try:
+            said, errors = process.communicate(given, timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            late = BackendUnavailable(
+                f"Slurm does not answer: {name} took longer than {timeout:g} s",
+                hint="is slurmctld running? scontrol ping",
+            )
+            late.uncertain = True
+            raise late from None
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        if explain and (failure := explain(process.returncode, errors)):
             raise failure
-        raise meaning(done.stderr, asked, there() if there else "") or BackendUnavailable(
-            f"{name} failed:\n{done.stderr.strip()}"
+        raise meaning(errors, asked, there() if there else "") or BackendUnavailable(
+            f"{name} failed:\n{errors.strip()}"
         )
-    return done.stdout
+    return said
+
+
+def run(*argv: str, environ: Mapping[str, str] | None = None, given: str | None = None, **more: Any) -> str:
+    """Both: what one of Slurm's commands prints. `more` as of `finish`."""
+    return finish(start(*argv, environ=environ, reads=given is not None), argv[0], given=given, **more)
 
 
 def missing(command: str, error: OSError) -> BackendUnavailable:

@@ -604,6 +604,27 @@ def test_one_look_at_the_queue_serves_all_who_ask(cluster: SlurmCluster, tmp_pat
     assert 1 <= (tmp_path / "calls").read_text().count("\n") <= 3
 
 
+def test_the_cluster_is_asked_ahead_and_once(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subprocess.run(["which", "sinfo"], capture_output=True, text=True, check=True).stdout.strip()
+    counted = tmp_path / "bin"
+    counted.mkdir()
+    (counted / "sinfo").write_text(f'#!/bin/sh\necho >> {tmp_path}/calls\nexec {real} "$@"\n')
+    (counted / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{counted}:{os.environ['PATH']}")
+    assert make(abs, cluster.options()).remote(-1) == 1
+    assert (tmp_path / "calls").read_text() == "\n"
+    flow.shutdown()
+    queue = slurm_queue.Queue()
+    queue.look_ahead()
+    asking = queue._ahead
+    assert asking is not None
+    queue.close()  # before anybody wanted to know
+    assert asking.returncode is not None
+    assert {node.name for node in queue.nodes()} == {"n1", "n2", "n3"}
+
+
 def test_the_documentation_runs_as_it_stands(cluster: SlurmCluster, tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
     blocks = re.findall(r"```python no-run\n(.*?)```", page, re.DOTALL)

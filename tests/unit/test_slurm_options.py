@@ -129,7 +129,7 @@ def test_options() -> None:
     assert options.arguments() == [
         "--partition=gpu", "--account=me", "--qos=high", "--constraint=ib&ssd", "--time=4:00:00", "-x", "n1 n2"
     ]  # fmt: skip
-    assert options == pickle.loads(pickle.dumps(options)) and hash(options) == hash(flow.Slurm(**vars(options)))
+    assert options == pickle.loads(pickle.dumps(options)) and hash(options) == hash(flow.Slurm(**options._asdict()))
     assert flow.Slurm(wait="10m").wait_s == 600
 
 
