@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3 import S3
 
-from flowfn_runtime.data.cache import Cache, Snapshot, read_meta, write_file
+from flowfn_runtime.data.cache import Cache
 from flowfn_runtime.data.model import Listing, Object
 from flowfn_runtime.data.room import parse_limit
+from flowfn_runtime.data.snapshot import Snapshot, read_meta, write_file
 from flowfn_runtime.data.sources import open_source
 from flowfn_runtime.data.tree import plan
 from flowfn_runtime.data.verify import matches, verify

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from s3 import S3, Fault, Proxy, Request, S3Server, xml
 
-from flowfn_runtime.data.cache import Cache, Snapshot
+from flowfn_runtime.data.cache import Cache
+from flowfn_runtime.data.snapshot import Snapshot
 from flowfn_runtime.data.sources import open_source
 from flowfn_runtime.data.transfer import PART_BYTES, WHOLE_BYTES
 from flowfn_runtime.data.verify import verify

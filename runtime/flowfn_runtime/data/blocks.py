@@ -14,10 +14,11 @@ import os
 import threading
 from collections.abc import Callable
 
-from flowfn_runtime.data.cache import Cache, boot_id, object_name
+from flowfn_runtime.data.cache import Cache
 from flowfn_runtime.data.locks import NamedLocks
 from flowfn_runtime.data.model import Object
 from flowfn_runtime.data.retry import Patience
+from flowfn_runtime.data.snapshot import boot_id, object_name
 from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.transfer import write_all
 

@@ -24,56 +24,34 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from flowfn_runtime import paths
-from flowfn_runtime.data import crew
-from flowfn_runtime.data.depot import Depot, ObjectJob
+from flowfn_runtime.data.build import Build
+from flowfn_runtime.data.depot import Depot
 from flowfn_runtime.data.locks import lease
-from flowfn_runtime.data.model import Listing, Object, Progress
+from flowfn_runtime.data.model import Listing
 from flowfn_runtime.data.room import Room
+from flowfn_runtime.data.snapshot import (
+    FORMAT,
+    Snapshot,
+    boot_id,
+    object_name,
+    opened,
+    read_meta,
+    snapshot_name,
+    survived,
+    write_file,
+)
 from flowfn_runtime.data.sources import Source, page_hints
 from flowfn_runtime.data.spec import redact
-from flowfn_runtime.data.tree import Tree, plan
+from flowfn_runtime.data.tally import Tell
+from flowfn_runtime.data.tree import plan
 from flowfn_runtime.errors import CacheFull, DataChanged, DataError
 
-Tell = Callable[[Progress], None]
-
-_FORMAT = "1"
 # A bucket that is written to while it is staged: how many listings to try before saying so.
 _LISTINGS = 3
-
-
-@dataclass
-class Snapshot:
-    """Staged data that stays until `close()`, here and in every process that inherited `lease_fd`.
-
-    `path` is the directory (or, for a single object, the file); `fetched_bytes` is what this use had to download.
-    """
-
-    url: str
-    path: str
-    digest: str
-    single: bool
-    size_bytes: int
-    objects: int
-    fetched_bytes: int
-    lease_fd: int = field(repr=False)
-
-    def close(self) -> None:
-        """Let the cache drop the data when it needs room. Safe to call twice."""
-        fd, self.lease_fd = self.lease_fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Snapshot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Cache:
@@ -124,7 +102,7 @@ class Cache:
     def _snapshot(self, source: Source, listing: Listing, mount_points: list[str], progress: Tell | None) -> Snapshot:
         tree = plan(listing)
         names = [object_name(source.identity, object) for _, object in tree.files]
-        digest = _digest(listing, tree, names, mount_points)
+        digest = snapshot_name(listing, tree, names, mount_points)
         if snapshot := self._lease(digest, listing):
             return snapshot
         folder = os.path.join(self.root, "building", os.urandom(12).hex())
@@ -135,7 +113,7 @@ class Cache:
             if snapshot := self._lease(digest, listing):
                 return snapshot
             for again in (True, False):
-                build = _Build(self, source, listing, tree, names, mount_points, depot, folder, progress)
+                build = Build(self.root, self.room, source, listing, tree, names, mount_points, depot, folder, progress)
                 try:
                     built = build.run(digest)
                     break
@@ -161,7 +139,7 @@ class Cache:
             return None
         try:
             meta = read_meta(folder)
-            if meta is None or (meta["boot"] != boot_id() and not _survived(folder, meta)):
+            if meta is None or (meta["boot"] != boot_id() and not survived(folder, meta)):
                 # The machine went down before the disk had it all: make it again.
                 os.close(fd)
                 self.room.drop(digest)
@@ -170,7 +148,7 @@ class Cache:
         except BaseException:
             os.close(fd)
             raise
-        return _opened(listing, folder, digest, meta, fd, fetched=0)
+        return opened(listing, folder, digest, meta, fd, fetched=0)
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
@@ -193,7 +171,7 @@ class Latest:
     @classmethod
     def read(cls, root: str, source: Source, mount_points: Sequence[str]) -> Latest:
         """What is known of `source`, mounted with those mount points."""
-        known = "\0".join((_FORMAT, source.identity, source.url, *mount_points))
+        known = "\0".join((FORMAT, source.identity, source.url, *mount_points))
         path = os.path.join(root, "latest", hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()[:40])
         try:
             with open(path, encoding="utf-8") as file:
@@ -209,207 +187,3 @@ class Latest:
             write_file(self.path, text.encode())
         elif os.path.exists(self.path):
             os.unlink(self.path)
-
-
-class _Build:
-    """One snapshot under construction, in a folder of its own that nobody else looks into."""
-
-    def __init__(
-        self,
-        cache: Cache,
-        source: Source,
-        listing: Listing,
-        tree: Tree,
-        names: list[str],
-        mount_points: list[str],
-        depot: Depot,
-        folder: str,
-        progress: Tell | None,
-    ) -> None:
-        self.root = cache.root
-        self.room = cache.room
-        self.source = source
-        self.listing = listing
-        self.names = names
-        self.plan = tree
-        self.mount_points = mount_points
-        self.depot = depot
-        self.folder = folder
-        self.progress = progress
-        self.tree = os.path.join(folder, "tree")
-        self.lease_fd = -1
-        self.fetched: list[str] = []
-        self.missing_bytes = 0
-
-    def run(self, digest: str) -> Snapshot:
-        self.room.sweep()
-        self.lease_fd = self._own_folder()
-        os.mkdir(self.tree)
-        os.mkdir(self.depot.arrivals)
-        for name in self.plan.directories:
-            os.mkdir(os.path.join(self.tree, name))
-        for name in self.mount_points:
-            os.makedirs(os.path.join(self.tree, name), exist_ok=True)
-        missing: dict[str, ObjectJob] = {}  # by path
-        for (path, object), name in zip(self.plan.files, self.names, strict=True):
-            job = ObjectJob(self.depot, object, name)
-            if not job.place(f"{self.tree}/{path}"):
-                missing[path] = job
-        self.missing_bytes = sum(job.object.size or 0 for job in missing.values())
-        count = 0
-        if missing:
-            for shard in {job.name[:2] for job in missing.values()}:
-                os.makedirs(os.path.join(self.root, "objects", shard), mode=0o700, exist_ok=True)
-            self.room.require(redact(self.listing.url), self.missing_bytes)
-            count = self._fetch(missing)
-        shutil.rmtree(self.depot.arrivals)
-        return self._finish(digest, count)
-
-    def _own_folder(self) -> int:
-        while True:
-            os.mkdir(self.folder, 0o700)
-            # Another process that sweeps may come between any two of these and take the folder for abandoned.
-            try:
-                fd = lease(os.path.join(self.folder, "lease"), create=True)
-            except FileNotFoundError:
-                fd = None
-            if fd is not None:
-                return fd
-
-    def _fetch(self, missing: dict[str, ObjectJob]) -> int:
-        count = 0
-        while missing:
-            depot = self.depot
-            depot.deferred = []
-            self.fetched += [job.name for job in missing.values()]
-            count += crew.fetch(depot, self.source, list(missing.values()), progress=self.progress)
-            # Other processes are fetching these: wait for each, then take what they made (or make it, if they failed).
-            for job in depot.deferred:
-                depot.locks.wait(job.name)
-                depot.locks.release(job.name)
-            missing = {path: job for path, job in missing.items() if not job.place(f"{self.tree}/{path}")}
-        return count
-
-    def _finish(self, digest: str, fetched: int) -> Snapshot:
-        listing = self.listing
-        meta = {
-            "format": _FORMAT,
-            "url": redact(listing.url),
-            "single": listing.single,
-            "size_bytes": listing.size,
-            "objects": len(self.plan.files),
-            "boot": boot_id(),
-        }
-        lines = (
-            json.dumps([path, name, object.size, object.etag, object.modified])
-            for (path, object), name in zip(self.plan.files, self.names, strict=True)
-        )
-        write_file(os.path.join(self.folder, "listing"), ("\n".join(lines) + "\n").encode())
-        write_file(os.path.join(self.folder, "meta.json"), json.dumps(meta).encode())
-        final = os.path.join(self.root, "snapshots", digest)
-        os.rename(self.folder, final)
-        fd, self.lease_fd = self.lease_fd, -1
-        return _opened(listing, final, digest, meta, fd, fetched=fetched)
-
-    def undo(self, *, fetched_too: bool) -> None:
-        """Remove what was built. Objects that arrived are kept for another try, unless there is no room for them."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.lease_fd >= 0:
-            os.close(self.lease_fd)
-            self.lease_fd = -1
-        if fetched_too:
-            self.room.drop_objects(self.fetched)
-
-
-# -- names and records -------------------------------------------------------------------------------------------------
-
-
-def object_name(identity: str, object: Object) -> str:
-    """The name of one version of one object of one store."""
-    return hashlib.sha256(f"{identity}\0{object.key}\0{object.stamp}".encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def _digest(listing: Listing, tree: Tree, names: list[str], mount_points: list[str]) -> str:
-    """The name of a snapshot: the same for the same versions at the same paths."""
-    parts = [_FORMAT, str(listing.single), *mount_points, "", *tree.directories, ""]
-    for (path, _), name in zip(tree.files, names, strict=True):
-        parts.append(path)
-        parts.append(name)
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def _opened(listing: Listing, folder: str, digest: str, meta: dict[str, Any], fd: int, *, fetched: int) -> Snapshot:
-    path = os.path.join(folder, "tree")
-    if listing.single:
-        path = os.path.join(path, listing.objects[0].key[len(listing.base) :])
-    os.set_inheritable(fd, True)
-    return Snapshot(
-        url=redact(listing.url),
-        path=path,
-        digest=digest,
-        single=listing.single,
-        size_bytes=meta["size_bytes"],
-        objects=meta["objects"],
-        fetched_bytes=fetched,
-        lease_fd=fd,
-    )
-
-
-def read_meta(folder: str) -> dict[str, Any] | None:
-    """What a snapshot says of itself; None if that is not readable."""
-    try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as file:
-            meta = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return meta if isinstance(meta, dict) and meta.get("format") == _FORMAT else None
-
-
-def read_listing(folder: str) -> Iterator[tuple[str, str, int | None, str | None, float | None]]:
-    """Path, object's name, size, ETag and time of modification of each of a snapshot's files."""
-    with open(os.path.join(folder, "listing"), encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                path, name, size, etag, modified = json.loads(line)
-                yield path, name, size, etag, modified
-
-
-def _survived(folder: str, meta: dict[str, Any]) -> bool:
-    """Whether a snapshot from before the machine's last start is as long as it should be everywhere.
-
-    Nothing is synced to the disk when it is staged (that would double the time), so a crash may have cut files short.
-    """
-    try:
-        for path, _, size, _, _ in read_listing(folder):
-            if size is not None and os.stat(os.path.join(folder, "tree", path)).st_size != size:
-                return False
-    except (OSError, ValueError):
-        return False
-    meta["boot"] = boot_id()
-    write_file(os.path.join(folder, "meta.json"), json.dumps(meta).encode())
-    return True
-
-
-def boot_id() -> str:
-    """What tells this start of the machine from every other."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def write_file(path: str, content: bytes) -> None:
-    """Write a small private file whole or not at all."""
-    temporary = f"{path}.{os.urandom(6).hex()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        try:
-            os.unlink(temporary)
-        except OSError:
-            pass
-        raise

@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 from flowfn_runtime.data import transfer
@@ -18,14 +18,13 @@ from flowfn_runtime.data.depot import Depot, ObjectJob
 from flowfn_runtime.data.model import Object, Progress
 from flowfn_runtime.data.sources import Source, open_source
 from flowfn_runtime.data.spec import redact
+from flowfn_runtime.data.tally import Tell
 
 # Starting a process takes as much processor time as fetching a hundred small objects: it has to be worth it. Measured:
 # 2,000 of 100 KiB take one process twice as long as four.
 _OBJECTS_A_PROCESS = 500
 _MOST_PROCESSES = 4
 _SMALL_BYTES = 1 << 20
-
-Tell = Callable[[Progress], None]
 
 
 def fetch(depot: Depot, source: Source, jobs: Sequence[ObjectJob], *, progress: Tell | None = None) -> int:

@@ -13,15 +13,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from flowfn_runtime.data.digest import Digest, Spares
 from flowfn_runtime.data.http1 import WireError
-from flowfn_runtime.data.model import Object, Progress
+from flowfn_runtime.data.model import Object
 from flowfn_runtime.data.pace import Pace
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.spec import redact
+from flowfn_runtime.data.tally import Tally, Tell
 from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 
 PART_BYTES = 16 << 20
@@ -29,7 +30,6 @@ PART_BYTES = 16 << 20
 WHOLE_BYTES = 16 << 20
 # Pieces of memory for what has arrived and is not hashed yet.
 _SPARES = 64
-_REPORT_EVERY_S = 0.1
 
 
 class Job(Protocol):
@@ -47,7 +47,7 @@ class Job(Protocol):
         """The file won't be completed."""
 
 
-def fetch(source: Source, jobs: Iterable[Job], *, progress: Callable[[Progress], None] | None = None) -> int:
+def fetch(source: Source, jobs: Iterable[Job], *, progress: Tell | None = None) -> int:
     """Do all `jobs`; return how many bytes were fetched. Raises the first `DataError` (the other jobs are abandoned),
     and whatever `begin` and `complete` raise."""
     return _Fetch(source, jobs, progress).run()
@@ -72,7 +72,7 @@ class _Parts:
 
 
 class _Fetch:
-    def __init__(self, source: Source, jobs: Iterable[Job], progress: Callable[[Progress], None] | None) -> None:
+    def __init__(self, source: Source, jobs: Iterable[Job], progress: Tell | None) -> None:
         self.source = source
         self.waiting = deque(jobs)
         self.parts: deque[tuple[_Parts, int]] = deque()
@@ -84,11 +84,13 @@ class _Fetch:
         self.failure: BaseException | None = None
         self.patience = Patience(source.url)
         self.fetched = 0
-        self.report = _Report(source.url, self.waiting, progress)
+        sizes = [job.object.size for job in self.waiting]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        self.tally = Tally(redact(source.url), total, len(sizes), progress)
         self.threads = 0
         self.held = 0  # threads that wait for a digest
         self.requests = 0
-        mean = sum(job.object.size or 0 for job in self.waiting) / max(1, len(self.waiting))
+        mean = sum(size or 0 for size in sizes) / max(1, len(sizes))
         self.pace = Pace(mean, now=time.monotonic(), used=time.process_time())
 
     def run(self) -> int:
@@ -113,7 +115,7 @@ class _Fetch:
                 parts.job.abandon(parts.fd)
         if self.failure is not None:
             raise self.failure
-        self.report.finish()
+        self.tally.finish()
         return self.fetched
 
     def _most_parts(self) -> int:
@@ -209,13 +211,13 @@ class _Fetch:
             job.abandon(fd)
             raise
         job.complete(fd)
-        self.report.add(0, 1)
+        self.tally.add(0, 1)
 
     def _begin(self, job: Job) -> int | None:
         """Open a job's file. None if nothing is left to do for the caller: the object is there, or split into parts."""
         fd = job.begin()
         if fd is None:
-            self.report.add(job.object.size or 0, 1)
+            self.tally.add(job.object.size or 0, 1)
             return None
         size = job.object.size
         if size is None or size <= WHOLE_BYTES or not self.source.ranges:
@@ -253,7 +255,7 @@ class _Fetch:
             with self.lock:
                 self.fetched += position
                 self.requests += 1
-            self.report.add(position, 0)
+            self.tally.add(position, 0)
 
         self.patience.attempt(_again_if_damaged(attempt))
 
@@ -283,7 +285,7 @@ class _Fetch:
                 raise WireError(f"{position - first} of {end - first} bytes came")
 
         self.patience.attempt(attempt)
-        self.report.add(end - first, 0)
+        self.tally.add(end - first, 0)
         with self.lock:
             self.fetched += end - first
             self.requests += 1
@@ -299,7 +301,7 @@ class _Fetch:
         with self.lock:
             self.open_parts.discard(parts)
         parts.job.complete(parts.fd)
-        self.report.add(0, 1)
+        self.tally.add(0, 1)
 
     def _let_hash(self, digest: Digest, index: int) -> None:
         with self.lock:
@@ -369,39 +371,3 @@ def write_all(fd: int, piece: memoryview, position: int) -> None:
         count = os.pwrite(fd, piece, position)
         piece = piece[count:]
         position += count
-
-
-class _Report:
-    """Adds up what the threads did, and tells the caller now and then."""
-
-    def __init__(self, url: str, jobs: Iterable[Job], tell: Callable[[Progress], None] | None) -> None:
-        self._tell = tell
-        self._lock = threading.Lock()
-        self._next = 0.0
-        if tell is None:
-            return
-        sizes = [job.object.size for job in jobs]
-        total = None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)
-        self._progress = [0, 0]
-        self._fixed: tuple[Any, ...] = (redact(url), total, len(sizes))
-
-    def add(self, bytes_: int, objects: int) -> None:
-        if self._tell is None:
-            return
-        with self._lock:
-            self._progress[0] += bytes_
-            self._progress[1] += objects
-            if (now := time.monotonic()) < self._next:
-                return
-            self._next = now + _REPORT_EVERY_S
-            self._send()
-
-    def finish(self) -> None:
-        if self._tell is not None:
-            with self._lock:
-                self._send()
-
-    def _send(self) -> None:
-        assert self._tell is not None
-        url, total, count = self._fixed
-        self._tell(Progress(url, self._progress[0], total, self._progress[1], count))

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowfn_runtime.data.http1 import FileSlice
-from flowfn_runtime.data.model import Progress
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import S3Source, open_source
 from flowfn_runtime.data.spec import redact
+from flowfn_runtime.data.tally import Tally, Tell
 from flowfn_runtime.errors import DataError, DataNotFound
 
 _WHOLE_BYTES = 16 << 20
 _PART_BYTES = 16 << 20
 _MOST_PARTS = 10_000  # S3's own limit
 _THREADS = 8
-
-Tell = Callable[[Progress], None]
 
 
 def upload(
@@ -40,14 +36,14 @@ def upload(
     target = url.rstrip("/") if os.path.isdir(path) else url
     pairs = [(file, f"{target}/{name}" if name else target) for file, name in files]
     total = sum(os.stat(file).st_size for file, _ in pairs)
-    counter = _Counter(redact(url), total, len(pairs), progress)
+    tally = Tally(redact(url), total, len(pairs), progress)
     source = open_source(url, options, env)
     try:
         if isinstance(source, S3Source):
             keys = [(file, address.partition("://")[2].partition("/")[2]) for file, address in pairs]
             if any(not key or key.endswith("/") for _, key in keys):
                 raise DataError(f"{url} names no object.", url=url, hint="Write the name too: s3://bucket/name.")
-            _S3Upload(source, counter).run(keys)
+            _S3Upload(source, tally).run(keys)
         else:
             from flowfn_runtime.data import access
 
@@ -57,10 +53,10 @@ def upload(
                     name = filesystem._strip_protocol(address)
                     filesystem.makedirs(filesystem._parent(name), exist_ok=True)
                     filesystem.put_file(file, name)
-                counter.add(os.stat(file).st_size, 1)
+                tally.add(os.stat(file).st_size, 1)
     finally:
         source.close()
-    counter.finish()
+    tally.finish()
     return total
 
 
@@ -81,9 +77,9 @@ def _files(path: str) -> list[tuple[str, str]]:
 class _S3Upload:
     """Several threads work through the files, and through the parts of those that have parts."""
 
-    def __init__(self, source: S3Source, counter: _Counter) -> None:
+    def __init__(self, source: S3Source, tally: Tally) -> None:
         self.client = source.client
-        self.counter = counter
+        self.tally = tally
         self.patience = Patience(source.url)
 
     def run(self, files: Sequence[tuple[str, str]]) -> None:
@@ -116,7 +112,7 @@ class _S3Upload:
         content = _content(file, size)
         digest = hashlib.md5(content, usedforsecurity=False).digest()
         self.patience.attempt(lambda: self.client.put(key, content, md5=digest))
-        self.counter.add(len(content), 1)
+        self.tally.add(len(content), 1)
 
     def _put_parts(self, pool: Any, file: str, key: str) -> None:
         with open(file, "rb", buffering=0) as opened:
@@ -128,7 +124,7 @@ class _S3Upload:
                 start = (number - 1) * part
                 body = FileSlice(opened.fileno(), start, min(part, size - start))
                 etag = self.patience.attempt(lambda: self.client.put_part(key, upload, number, body))
-                self.counter.add(len(body), 0)
+                self.tally.add(len(body), 0)
                 return etag
 
             futures = [pool.submit(put, number) for number in range(1, -(-size // part) + 1)]
@@ -144,7 +140,7 @@ class _S3Upload:
                         future.exception()
                 self.client.abort_multipart(key, upload)
                 raise
-            self.counter.add(0, 1)
+            self.tally.add(0, 1)
 
 
 def _content(file: str, size: int) -> bytes:
@@ -159,32 +155,3 @@ def _content(file: str, size: int) -> bytes:
         return b"".join(pieces)
     finally:
         os.close(fd)
-
-
-class _Counter:
-    def __init__(self, url: str, total: int, objects: int, tell: Tell | None) -> None:
-        self.url = url
-        self.total = total
-        self.objects = objects
-        self.tell = tell
-        self.done = [0, 0]
-        self.lock = threading.Lock()
-        self.next = 0.0
-
-    def add(self, bytes_: int, objects: int) -> None:
-        if self.tell is None:
-            return
-        with self.lock:
-            self.done[0] += bytes_
-            self.done[1] += objects
-            if (now := time.monotonic()) >= self.next:
-                self.next = now + 0.1
-                self._send()
-
-    def finish(self) -> None:
-        if self.tell is not None:
-            self._send()
-
-    def _send(self) -> None:
-        assert self.tell is not None
-        self.tell(Progress(self.url, self.done[0], self.total, self.done[1], self.objects))

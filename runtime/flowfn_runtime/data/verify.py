@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flowfn_runtime.data.locks import lease
+from flowfn_runtime.data.snapshot import read_listing, read_meta
+
 if TYPE_CHECKING:
     from flowfn_runtime.data.cache import Cache
 
@@ -39,9 +42,6 @@ class Problem:
 def verify(cache: Cache, *, content: bool = True) -> Iterator[Problem]:
     """Every problem of the snapshots in `cache`: files that are missing, have another length, or (with `content`) have
     other bytes than their ETag says. Each object is read once, in however many snapshots it is."""
-    from flowfn_runtime.data.cache import read_listing, read_meta
-    from flowfn_runtime.data.locks import lease
-
     seen: dict[str, str | None] = {}
     for digest, folder in cache.folders():
         fd = lease(os.path.join(folder, "lease"))
