@@ -51,7 +51,7 @@ def runtime(order: Mapping[str, Any], packed: Sequence[Any]) -> str:
     import tempfile
     import zipfile
 
-    cache = os.environ.get("FLOW_CACHE") or order["cache"]
+    cache = order["cache"] or os.environ.get("FLOW_CACHE")
     cache = cache or (os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) + "/flowfn"
     place = os.path.join(os.path.abspath(os.path.expanduser(cache)), "runtime", order["digest"])
     if not os.path.isdir(place):
