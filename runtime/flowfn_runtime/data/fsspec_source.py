@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from flowfn_runtime.data.http1 import WireError
+from flowfn_runtime.data.endpoint import WireError
 from flowfn_runtime.data.model import Listing, Object
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.spec import redact, scheme_of

@@ -10,23 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-if TYPE_CHECKING:
-    import ssl
+from flowfn_runtime.data.endpoint import SILENCE_TIMEOUT_S, Body, Endpoint, FileSlice, Unreachable, WireError
 
 BUFFER_BYTES = 1 << 20
 _MAX_HEAD_BYTES = 64 << 10
 # Bodies up to this size travel in the packets of their head.
 _JOINED_BYTES = 16 << 10
-_CONNECT_TIMEOUT_S = 15
-# How long a socket may be silent. A server that thinks longer than this is as good as gone.
-_SILENCE_TIMEOUT_S = 60
 
 
 def _linux() -> tuple[int, ...]:
@@ -42,89 +36,6 @@ _LOW_WATER = 256 << 10 if _linux() >= (5, 12) else 0
 # Takes a piece of a body, which is valid during the call. Or keeps it, and returns `BUFFER_BYTES` of other memory for
 # what comes next.
 Sink = Callable[[memoryview], memoryview | None]
-
-
-class FileSlice:
-    """A part of an open file as the body of a request; on a plain connection it never passes through this process."""
-
-    def __init__(self, fd: int, start: int, length: int) -> None:
-        self.fd = fd
-        self.start = start
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def send(self, sock: socket.socket, *, plain: bool) -> None:
-        """Write all of it to `sock`. Raises `WireError` if the file has become shorter."""
-        position, end = self.start, self.start + self.length
-        while position < end:
-            if plain and hasattr(os, "sendfile"):
-                count = os.sendfile(sock.fileno(), self.fd, position, end - position)
-            else:
-                piece = os.pread(self.fd, min(BUFFER_BYTES, end - position), position)
-                sock.sendall(piece)
-                count = len(piece)
-            if not count:
-                raise WireError("the file has become shorter while it was sent")
-            position += count
-
-
-Body = memoryview | bytes | FileSlice | None
-
-
-class WireError(Exception):
-    """The connection failed, or what came over it is not the answer: worth another try on a new connection."""
-
-
-class Unreachable(WireError):
-    """No connection came about: refused, no route, no such name."""
-
-
-class Endpoint:
-    """Where to connect: `scheme` (http or https), `host`, `port`; `ca_file` replaces the system's authorities."""
-
-    def __init__(self, scheme: str, host: str, port: int | None = None, *, ca_file: str | None = None) -> None:
-        self.scheme = scheme
-        self.host = host
-        self.port = port or (443 if scheme == "https" else 80)
-        self.ca_file = ca_file
-        self._context: ssl.SSLContext | None = None
-
-    @property
-    def authority(self) -> str:
-        """The value of the Host header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
-
-    def connect(self) -> socket.socket:
-        """A connected socket, with TLS for https. Raises `Unreachable`, or `WireError` when the handshake fails."""
-        try:
-            # As bytes a name is taken as it is: no tables of international names are loaded for plain ones.
-            host: Any = self.host.encode() if self.host.isascii() else self.host
-            sock = socket.create_connection((host, self.port), timeout=_CONNECT_TIMEOUT_S)
-        except OSError as error:
-            raise Unreachable(f"{self.authority}: {error.strerror or error}") from error
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.scheme == "https":
-                sock = self._tls().wrap_socket(sock, server_hostname=self.host)
-            # The kernel's own timeouts on a blocking socket: no poll before each read, and MSG_WAITALL works.
-            sock.settimeout(None)
-            silence = struct.pack("@ll", _SILENCE_TIMEOUT_S, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, silence)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, silence)
-        except OSError as error:
-            sock.close()
-            raise WireError(f"{self.authority}: {error.strerror or error}") from error
-        return sock
-
-    def _tls(self) -> ssl.SSLContext:
-        if self._context is None:
-            import ssl
-
-            self._context = ssl.create_default_context(cafile=self.ca_file)
-        return self._context
 
 
 class Pool:
@@ -448,6 +359,6 @@ def _wire_error(error: Exception, endpoint: Endpoint) -> WireError:
     if isinstance(error, WireError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
-        return WireError(f"{endpoint.authority}: nothing came for {_SILENCE_TIMEOUT_S} s")
+        return WireError(f"{endpoint.authority}: nothing came for {SILENCE_TIMEOUT_S} s")
     text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     return WireError(f"{endpoint.authority}: {text}")

@@ -7,7 +7,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flowfn_runtime.data.answer import check_head
-from flowfn_runtime.data.http1 import Endpoint, Pool, Response
+from flowfn_runtime.data.endpoint import Endpoint
+from flowfn_runtime.data.http1 import Pool, Response
 from flowfn_runtime.data.model import Listing, Object, parse_time
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import Busy

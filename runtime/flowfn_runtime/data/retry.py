@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from flowfn_runtime.data.http1 import Unreachable, WireError
+from flowfn_runtime.data.endpoint import Unreachable, WireError
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.errors import CallCancelled, ConfigError, DataUnavailable
 

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..errors import ValidationError
 from . import access
 from .access import Info, Options
-from .http1 import WireError
+from .endpoint import WireError
 from .retry import Patience
 from .spec import redact, scheme_of
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from flowfn_runtime.data.digest import Digest, Spares
-from flowfn_runtime.data.http1 import WireError
+from flowfn_runtime.data.endpoint import WireError
 from flowfn_runtime.data.model import Object
 from flowfn_runtime.data.pace import Pace
 from flowfn_runtime.data.retry import Patience

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowfn_runtime.data.http1 import FileSlice
+from flowfn_runtime.data.endpoint import FileSlice
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import S3Source, open_source
 from flowfn_runtime.data.spec import redact

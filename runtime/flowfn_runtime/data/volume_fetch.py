@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DataNotFound, VolumeConflict
 from . import access
-from .http1 import WireError
+from .endpoint import WireError
 from .model import Object
 from .retry import Patience
 from .volume_bucket import Bucket
