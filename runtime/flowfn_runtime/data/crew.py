@@ -59,7 +59,7 @@ class _Crew:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([runtime, os.environ.get("PYTHONPATH", "")])}
         members: list[tuple[Any, threading.Thread]] = []
         try:
-            for index in range(count):
+            for index in range(1, count):
                 process = subprocess.Popen(
                     [sys.executable, "-m", __name__],
                     stdin=subprocess.PIPE,
@@ -70,6 +70,10 @@ class _Crew:
                 thread = threading.Thread(target=self._lead, args=(process, index, count), daemon=True)
                 members.append((process, thread))
                 thread.start()
+            # This process is one of them, and busy while the others start.
+            own = transfer.fetch(
+                self.source, self.jobs[::count], progress=self.progress and (lambda seen: self._seen(0, seen))
+            )
             for _, thread in members:
                 thread.join()
         except BaseException:
@@ -84,7 +88,10 @@ class _Crew:
                 process.stdin.close()
         if self.failure is not None:
             raise self.failure
-        return self.fetched
+        return self.fetched + own
+
+    def _seen(self, index: int, seen: Progress) -> None:
+        self._report(index, seen.done_bytes, seen.done_objects)
 
     def _end(self, members: list[tuple[Any, threading.Thread]]) -> None:
         for process, _ in members:
