@@ -103,5 +103,12 @@ class Backend(ABC):
         """The same in a later process, from what `Jobs.place` said."""
         raise ConfigError(f"the {cls.name} backend can't run tasks")
 
+    def describe(self) -> str:
+        """What there is, in a line for people: nodes, cores, GPUs. Starts no worker.
+
+        Raises ConfigError, BackendUnavailable or ResourceUnavailable if it can't be used from here, with the reason.
+        """
+        return ""
+
     def close(self) -> None:  # noqa: B027 - most backends keep nothing
         """Free what the backend keeps beside its workers."""

@@ -18,7 +18,7 @@ from flowfn.backends import local_host
 from flowfn.backends.base import Backend, Connection
 from flowfn.backends.local_host import Host
 from flowfn_runtime import paths
-from flowfn_runtime.errors import BackendUnavailable
+from flowfn_runtime.errors import BackendUnavailable, FlowError
 
 if TYPE_CHECKING:
     from flowfn.spec import FunctionSpec
@@ -37,6 +37,10 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LocalBackend(Backend):
@@ -114,6 +118,16 @@ class LocalBackend(Backend):
             raise host.error
         return host
 
+    def describe(self) -> str:
+        from flowfn_runtime import gpus, sandbox
+
+        try:
+            sandbox.check()
+            mounts = ""
+        except FlowError as error:
+            mounts = f"; no mounts: {error.message}"
+        return f"{_cores()} cores, {gpus.inventory(config.load().gpus)}{mounts}"
+
     def slots(self, spec: FunctionSpec) -> int:
         if spec.gpu:
             from flowfn_runtime import gpus
@@ -122,7 +136,7 @@ class LocalBackend(Backend):
             gpus.check(spec.gpu, there)
             fit = [sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu]
             return max(fit)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = _cores()
         return max(1, int(cores // spec.cpu)) if spec.cpu else cores
 
     def has_room(self, spec: FunctionSpec) -> bool:

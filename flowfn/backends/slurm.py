@@ -85,6 +85,9 @@ class SlurmBackend(Backend):
                 return connection
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    def describe(self) -> str:
+        return slurm_options.summary(slurm_options.partition_nodes(self.queue.nodes(), self.options.partition))
+
     def slots(self, spec: FunctionSpec) -> int:
         return min(self._plan(spec)[0], self.options.workers)
 

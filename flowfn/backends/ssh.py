@@ -256,6 +256,17 @@ class SshBackend(Backend):
         for host in self.hosts:
             host.begin()
 
+    def describe(self) -> str:
+        said, failures = [], []
+        for host in self.hosts:
+            try:
+                said.append(f"{host.address}: {host.facts()['cores']} cores, {host.inventory()}")
+            except FlowError as error:
+                failures.append(error)
+        if not said:
+            raise failures[0]
+        return "; ".join([*said, *(error.message for error in failures)])
+
     def connect(self, spec: FunctionSpec) -> Connection:
         launch = shipping.launch(spec, environ=self._environ, image=_image(spec))
         host, gpus = self._choose(spec)

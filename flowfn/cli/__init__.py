@@ -36,6 +36,7 @@ VERBS = {
     "cache": "see and manage the host's cache of staged data",
     "data": "list, copy and read data at URLs",
     "gpus": "list this host's GPUs and who has them",
+    "backends": "list where functions can run, what is there, and why not",
     "doctor": "say what this machine can do, what it lacks, and how to mend it",
     "init": "write a configuration file and a first job file",
     "completion": "print the completion script of a shell",

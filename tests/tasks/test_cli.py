@@ -62,6 +62,24 @@ def test_the_help_imports_no_more_than_it_must() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_backends(flow_home: Path) -> None:
+    """Those that are built in, and what is configured; what can't be used says why, and what to do."""
+    flow_home.mkdir(exist_ok=True)
+    (flow_home / "config.toml").write_text(
+        'backend = "near"\n[backends.near]\ntype = "local"\n[backends.far]\ntype = "ssh"\nhosts = ["127.0.0.1:1"]\n'
+    )
+    listed = flow("backends", "--json", env={**os.environ, "FLOW_GPUS": "a100:2"})
+    rows = {row["name"]: row for row in json.loads(listed.stdout)}
+    assert listed.returncode == 0 and rows.keys() >= {"near", "far", "local", "container", "ssh", "slurm", "ray"}
+    near, far = rows["near"], rows["far"]
+    assert near["chosen"] and near["ready"] and near["can"] == ["functions", "tasks"] and "2 x a100" in near["here"]
+    assert not far["ready"] and far["type"] == "ssh" and "127.0.0.1:1" in far["here"] and "Try: ssh" in far["mend"]
+    assert not rows["ssh"]["ready"] and "no hosts" in rows["ssh"]["here"]
+    one = flow("backends", "far")
+    assert one.returncode == cli.UNAVAILABLE and "refuses connections" in one.stdout and "Try: ssh" in one.stderr
+    assert flow("backends", "nowhere").returncode == cli.UNAVAILABLE
+
+
 def test_run_a_command(client: Flow) -> None:
     done = flow("run", "echo out; echo err >&2; exit 3")
     assert done.returncode == 3 and done.stdout == "out\n"
