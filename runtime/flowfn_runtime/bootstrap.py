@@ -230,7 +230,8 @@ class Start:
         if not self.elsewhere:
             from . import host
 
-            sys.exit(host.serve_stdio(self.request, stream.read_fd, stream.write_fd, stream.held))
+            code = host.serve_stdio(self.request, stream.read_fd, stream.write_fd, stream.held)
+            os._exit(code)  # there is nothing to take down, and the engine and the client wait for the end
         runtime = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         boot = (
             "import sys; sys.path[:] = [p for p in sys.path if p]; "

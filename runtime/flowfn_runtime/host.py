@@ -346,11 +346,13 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, he
     if side is not None:
         side.close()
     os.close(write_fd)
-    host.poll.register(read_fd, wire.HANG_UP)
-    if alive is not None:
-        host.poll.register(alive, wire.HANG_UP)
+    watched = [fd for fd in (read_fd, alive) if fd is not None]
+    for fd in watched:
+        host.poll.register(fd, wire.HANG_UP)
     while not host.ends:
         if (host.wait() or asked) and not host.ends:
+            for fd in watched:  # a hang-up would be told again and again, and this process never sleep
+                host.poll.unregister(fd)
             host.end()
             break
     limits.kill_orphans()
