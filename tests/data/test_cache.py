@@ -221,6 +221,16 @@ def test_cached_files_are_read_only_and_dated(s3: S3) -> None:
         assert stat.S_IMODE(os.stat(Cache().root).st_mode) == 0o700
 
 
+def test_a_cache_in_the_working_directory(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.put("set/a", b"a")
+    monkeypatch.chdir(tmp_path)
+    source = open_source(f"{s3.url}/set", s3.options)
+    with Cache("here").stage(source) as snapshot:
+        assert content(snapshot) == {"a": b"a"}
+        assert Path(snapshot.path).is_relative_to(tmp_path / "here")
+    source.close()
+
+
 def test_versions_share_what_did_not_change(s3: S3) -> None:
     for index in range(5):
         s3.put(f"set/{index}", bytes(1000))

@@ -18,7 +18,9 @@ from flowfn_runtime.data import crew
 from flowfn_runtime.data.cache import Cache
 from flowfn_runtime.data.copying import download, stream
 from flowfn_runtime.data.credentials import environment, s3_settings
+from flowfn_runtime.data.endpoint import Endpoint
 from flowfn_runtime.data.fsspec_source import FsspecSource
+from flowfn_runtime.data.http1 import BUFFER_BYTES, Pool
 from flowfn_runtime.data.model import Progress
 from flowfn_runtime.data.sources import S3Source, open_source
 from flowfn_runtime.data.transfer import PART_BYTES, WHOLE_BYTES
@@ -279,6 +281,25 @@ def test_http_files(web: str, path: str, tmp_path: Path) -> None:
         assert Path(snapshot.path).read_bytes() == Handler.content
         assert os.path.basename(snapshot.path) == path.rpartition("/")[2].replace("%20", " ")
     source.close()
+
+
+@pytest.mark.parametrize("path", ["file.bin", "chunked", "until-close", "plain"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_sink_may_keep_what_it_gets(web: str, path: str, every: int) -> None:
+    pool = Pool(Endpoint("http", "127.0.0.1", int(web.rpartition(":")[2])))
+    for _ in range(2):  # the second time on a connection that is kept
+        pieces: list[memoryview | bytes] = []
+
+        def sink(piece: memoryview) -> memoryview | None:
+            if len(pieces) % every:  # noqa: B023
+                pieces.append(bytes(piece))  # noqa: B023
+                return None
+            pieces.append(piece)  # noqa: B023
+            return memoryview(bytearray(BUFFER_BYTES))
+
+        length = pool.request("GET", f"GET /{path} HTTP/1.1\r\nHost: here\r\n\r\n".encode()).pour(sink)
+        assert length == len(Handler.content) and b"".join(pieces) == Handler.content
+    pool.close()
 
 
 def test_http_errors(web: str) -> None:

@@ -58,7 +58,7 @@ class Cache:
     """The cache in `root` (`FLOW_CACHE`, ... see `paths.cache`), with at most `limit_bytes` in it."""
 
     def __init__(self, root: str | None = None, *, limit_bytes: int | None = None) -> None:
-        self.root = os.path.join(root or paths.cache(), "data")
+        self.root = os.path.join(os.path.abspath(root) if root else paths.cache(), "data")
         try:
             for name in ("", "objects", "snapshots", "building", "trash", "latest"):
                 paths.private_dir(os.path.join(self.root, name))
