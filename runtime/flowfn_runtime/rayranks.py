@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from . import taskdir
+from .errors import TaskError
 from .tasknode import Nodes
 
 if TYPE_CHECKING:
@@ -40,9 +42,13 @@ class Ranks(Nodes):
         from .watch import Watch
 
         report(f"it waits for room on {self._count} nodes")
+        place = os.path.join(self._directory, _PLACED)
         with Watch(self._directory) as watch:
-            while not os.path.exists(os.path.join(self._directory, _PLACED)):
+            while not os.path.exists(place):
                 watch.wait()
+        with open(place, encoding="utf-8") as file:
+            if error := file.read():
+                raise TaskError(f"Ray can't give the task its nodes: {error}")
 
     def build(self) -> None:
         from .taskbox import Command
@@ -57,8 +63,8 @@ def stand_in() -> None:
     directory, rank = sys.argv[1:]
     os.chdir(directory)
     with socket.socket(socket.AF_UNIX) as link:
-        signal.signal(signal.SIGTERM, lambda *_: link.send(b"T"))
         link.connect(_SOCKET)
+        signal.signal(signal.SIGTERM, lambda *_: link.send(b"T"))
         link.sendall(f"{rank}\n".encode())
         source = link.makefile("rb")
         while head := source.read(_HEAD.size):
@@ -89,9 +95,34 @@ class Gang:
         self._listener.bind(_SOCKET)
         os.chdir(before)
         self._listener.listen(self._count)
+        self._idle = threading.Event()  # nothing of the task is on its nodes
+        self._idle.set()
         threading.Thread(target=self._run, daemon=True).start()
 
+    def finish(self) -> None:
+        """Return when nothing of the task is left on its nodes. The supervisor has ended."""
+        self._idle.wait(self._order[2]["grace_s"] + 2 * _END_S)
+
     def _run(self) -> None:
+        try:
+            group, error = self._place(), ""
+        except Exception as raised:
+            group, error = None, str(raised) or type(raised).__name__
+        taskdir.write_private(self._directory, f"{_PLACED}.new", error.encode())
+        os.rename(os.path.join(self._directory, f"{_PLACED}.new"), os.path.join(self._directory, _PLACED))
+        with self._listener:  # stand-ins can't come here any more when this thread has failed
+            while group is not None:
+                links = self._gather()
+                self._idle.clear()
+                try:
+                    self._attempt(links, group)
+                finally:
+                    for link in links.values():
+                        link.close()
+                    self._idle.set()
+
+    def _place(self) -> Any:
+        """Nodes for all ranks, as soon as Ray has them."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -100,9 +131,7 @@ class Gang:
         bundle = {name: amount for name, amount in {**bundle, **(options.get("resources") or {})}.items() if amount}
         group = placement_group([bundle] * self._count, strategy="STRICT_SPREAD")
         ray.get(group.ready())
-        os.close(os.open(os.path.join(self._directory, _PLACED), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        while True:
-            self._attempt(self._gather(), group)
+        return group
 
     def _gather(self) -> dict[int, socket.socket]:
         """Stand-ins of all ranks, of one attempt."""
@@ -111,7 +140,8 @@ class Gang:
             ready, _, _ = select.select([self._listener, *links.values()], [], [])
             if self._listener in ready:
                 link, _ = self._listener.accept()
-                links[int(link.makefile("rb").readline())] = link
+                if said := link.makefile("rb").readline():
+                    links[int(said)] = link
             for rank, link in list(links.items()):
                 if link in ready:  # it is to end, or has ended: so will the others
                     links.pop(rank).close()
@@ -155,8 +185,6 @@ class Gang:
             except ray.exceptions.RayError:
                 pass  # it is gone
             ray.kill(node)
-        for link in links.values():
-            link.close()
 
     def _follow(self, rank: int, node: Any, link: socket.socket) -> None:
         """Pass on what a rank writes, and how it ends."""

@@ -42,6 +42,7 @@ def main(keeper: Any, task_id: str, plan: dict[str, Any], runtime: str) -> int:
     signal.signal(signal.SIGTERM, courier.on_sigterm)
     limits.set_subreaper()
     threading.Thread(target=courier.await_cancel, daemon=True).start()
+    gang = None
     outcome: dict[str, Any] = {"state": "failed", "reason": "", "ended_at": 0.0}
     try:
         if plan["nodes"] > 1:
@@ -49,7 +50,7 @@ def main(keeper: Any, task_id: str, plan: dict[str, Any], runtime: str) -> int:
 
             # Nothing is staged or taken here.
             courier.fetch({**plan, "mounts": [], "volumes": [], "ephemeral": [], "ports": []})
-            Gang(courier, keeper, task_id, plan)
+            gang = Gang(courier, keeper, task_id, plan)
         else:
             courier.fetch(plan)
         outcome["reason"] = _run(courier, directory, runtime, plan)
@@ -60,6 +61,8 @@ def main(keeper: Any, task_id: str, plan: dict[str, Any], runtime: str) -> int:
         outcome |= {"state": "cancelled", "reason": why}
     outcome["ended_at"] = outcome["ended_at"] or time.time()
     limits.kill_orphans()
+    if gang is not None:
+        gang.finish()
     courier.send(last=True)
     taskdir.remove_tree(directory)
     courier.ask("add", task_id, [("outcome.json", -1, json.dumps(outcome).encode())])

@@ -119,8 +119,8 @@ def ray_jobs(cluster: RayCluster, *words: str) -> str:
     return done.stdout + done.stderr
 
 
-def left_on_nodes(cluster: RayCluster) -> list[Path]:
-    return list((cluster.home / "ray-jobs").iterdir())
+def left_on_nodes(cluster: RayCluster, task: Task) -> list[Path]:
+    return [path for path in (cluster.home / "ray-jobs").iterdir() if path.name.startswith(task.task_id)]
 
 
 def test_a_client_that_is_killed(cluster: RayCluster, project: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_client_that_is_killed(cluster: RayCluster, project: Path) -> None:
     assert client.returncode == -signal.SIGKILL
     task = Task.get(client.stdout.strip())
     assert isinstance(task.result(WAIT_S), int) and task.logs() == "begun\n"
-    assert left_on_nodes(cluster) == []
+    assert left_on_nodes(cluster, task) == []
 
 
 def test_a_driver_that_is_killed(cluster: RayCluster, meeting: Meeting) -> None:
@@ -304,7 +304,7 @@ class TestSeveralNodes:
         assert [words.partition(" None")[0] for words in said] == ["[b'1', b'2']", "b'!'", "b'!'"]
         raylets = [set(map(int, words.split("None")[1].split())) & set(cluster.raylets) for words in said]
         assert set.union(*raylets) == set(cluster.raylets) and all(len(above) == 1 for above in raylets)
-        assert left_on_nodes(cluster) == []
+        assert left_on_nodes(cluster, task) == []
 
     def test_each_has_gpus_of_its_node(self, cluster: RayCluster) -> None:
         words = 'echo "$FLOW_NODE_RANK: $CUDA_VISIBLE_DEVICES"'
@@ -335,7 +335,31 @@ os._exit(link.recv(1)[0])
             assert task.wait(WAIT_S).status == "failed"
         assert (task.reason, task.exit_code) == ("node 1 exit code 3", 3)
         assert "attempt 1 failed (node 1 exit code 3)" in task.logs(stderr=True)
-        assert left_on_nodes(cluster) == []
+        assert left_on_nodes(cluster, task) == []
+
+    def test_a_node_that_is_lost(self, cluster: RayCluster) -> None:
+        with Flow() as client:
+            task = client.submit("echo up; sleep 613", num_instances=2, backend=RayBackend(**cluster.options()))
+            assert next(iter(task.logs(follow=True, node=1))) == "up\n"
+            actors = [pid for pid in cluster.processes() if ray_cluster._command(pid).startswith(b"ray::Node")]
+            assert len(actors) == 2
+            os.kill(actors[0], signal.SIGKILL)
+            assert task.wait(WAIT_S).status == "failed"
+        said = [task.logs(node=node, stderr=True) for node in (0, 1)]
+        assert "killed by SIGKILL" in task.reason and sum("is lost: " in words for words in said) == 1
+        assert b"sleep\0613" not in b"".join(map(ray_cluster._command, cluster.processes()))
+
+    def test_it_is_cancelled_while_it_waits_for_room(self, cluster: RayCluster, meeting: Meeting) -> None:
+        first = submit(cluster, make_work(meeting), gpu="h100")
+        met = meeting.next()
+        with Flow() as client:
+            backend = RayBackend(**cluster.options())
+            task = client.submit("true", num_instances=2, instance_type="1", backend=backend)
+            wait_until(lambda: task.refresh().reason == "it waits for room on 2 nodes", "it does not wait")
+            assert task.cancel("not needed").wait(WAIT_S).reason == "not needed"
+            assert (task.status, task.started_at) == ("cancelled", None)
+        met.let_go()
+        assert first.result(WAIT_S) == "done"
 
     def test_it_is_cancelled(self, cluster: RayCluster) -> None:
         with Flow() as client:
@@ -344,7 +368,7 @@ os._exit(link.recv(1)[0])
             assert task.cancel("enough").wait(WAIT_S).status == "cancelled"
         assert task.reason == "enough"
         assert b"sleep\0611" not in b"".join(map(ray_cluster._command, cluster.processes()))
-        assert left_on_nodes(cluster) == []
+        assert left_on_nodes(cluster, task) == []
 
     def test_a_driver_that_is_killed(self, cluster: RayCluster) -> None:
         with Flow() as client:
