@@ -8,21 +8,20 @@ actor, and Ray's object store carries what is big. Where Ray has no room, idle w
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
-import socket
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
 
-from flowfn import shipping, terminal, threads
-from flowfn.backends import ray_connection, ray_lease, ray_resources, stream
+from flowfn import shipping, terminal
+from flowfn.backends import ray_connection, ray_lease, ray_resources, ray_session, stream
 from flowfn.backends.base import Backend, Connection
 from flowfn.bundle import bundle
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 LOOK_S = 0.25  # how often it is looked at why a worker does not start
 ROOM_S = 3.0  # after so long idle workers make room, whatever Ray says of what is free
 UNWANTED_S = 10.0  # after so long a worker that no call waits for any more is given up
-WATCH_S = 5.0  # how often it is looked whether the cluster's head is there
-KNOCK_S = 10.0  # for the address to answer
-HEAD_S = 5.0  # how long a head that was there may be gone
-CONNECTS = 3  # attempts to be connected through `ray://`
 ATTEMPTS = 3  # to start a worker: the project changes while it is sent, or the node is lost
 WAIT_S = 600.0  # for Ray to have room for a worker; an autoscaler takes minutes
 
@@ -72,7 +67,7 @@ class RayBackend(Backend):
         wait: float = WAIT_S,
         direct: bool = True,
     ) -> None:
-        self._address = (url if url not in ("ray", "ray://") else None) or address
+        self._session = ray_session.Session((url if url not in ("ray", "ray://") else None) or address)
         self._resources = dict(resources or {})
         self._spread = spread
         self._runtime_env = dict(runtime_env or {})
@@ -80,15 +75,12 @@ class RayBackend(Backend):
         self._environ = {"FLOW_HOME": home} if home else {}
         self._wait_s = wait
         self._direct = direct
-        self._started = False
         self._door: ray_connection.Door | None = None
         self._far: set[str] = set()  # nodes that don't reach the door
         self._near: set[str] = set()
         self._packed: tuple[str, Any] = ("", None)  # the runtime in the object store of which session
-        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._leases: set[ray_connection.Lease] = set()  # that were asked for and are not there
         self._waiting: set[ray_connection.Lease] = set()  # of these, those that Ray has no room for
-        self._watched = False
         self._closed = 0  # how often
         self._lock = threading.Lock()
         _backends.add(self)
@@ -97,21 +89,27 @@ class RayBackend(Backend):
 
     def connect(self, spec: FunctionSpec) -> Connection:
         environment, more = self._image(spec)
-        launch = shipping.launch(spec, enforce={"cpu", "memory"}, environ=self._environ, image=environment)
+
+        @functools.cache
+        def to_ship() -> shipping.Launch:
+            return shipping.launch(spec, enforce={"cpu", "memory"}, environ=self._environ, image=environment)
+
         generation = self._closed
+        newer: shipping.Launch | None = None
         for attempt in range(1, ATTEMPTS + 1):
             need = self._choose(spec)
             options = {**need.options, **more, "max_retries": 0}
             if self._spread:
                 options["scheduling_strategy"] = "SPREAD"
             try:
-                connection: Any = self._start(spec, need, options, generation)
+                connection: Any = self._start(spec, need, options, generation, to_ship)
             except BackendUnavailable as error:
                 if attempt < ATTEMPTS and isinstance(error.__cause__, NODE_LOST):
                     continue
                 raise
             try:
                 self._check_open(generation)
+                launch = newer or to_ship()
                 said = connection.said_first
                 told = {**launch.setup, "alive": said["alive"]}
                 told["request"] = {**told["request"], "side_fd": said["side_fd"]}
@@ -125,9 +123,9 @@ class RayBackend(Backend):
                 connection.close()
                 if isinstance(error, EOFError) and attempt == ATTEMPTS:
                     raise BackendUnavailable(f"{connection.label}: a worker's program ended early: {how}") from None
-                newer = launch.newer() if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS else None
-                if newer is not None:
-                    launch = newer  # files were edited while they were sent
+                edited = launch.newer() if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS else None
+                if edited is not None:
+                    newer = edited  # files, while they were sent
                 elif not isinstance(error, EOFError):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -143,7 +141,7 @@ class RayBackend(Backend):
 
         home = self._environ.get("FLOW_HOME")
         starting = ray_tasks.Starting(self._resources, self._cache, home, self._image)
-        return ray_tasks.jobs(self._address, starting, connected=ray.is_initialized() and not _forked)
+        return ray_tasks.jobs(self._session.address, starting, connected=self._session.connected)
 
     @classmethod
     def jobs_at(cls, place: Mapping[str, Any]) -> Jobs:
@@ -153,7 +151,7 @@ class RayBackend(Backend):
 
     def close(self) -> None:
         self._closed += 1
-        leases, connections = list(self._leases), list(self._open)
+        leases, connections = list(self._leases), self._session.workers()
         for lease in leases:
             lease.give_up()
         for connection in connections:
@@ -168,118 +166,20 @@ class RayBackend(Backend):
                 door.close()
             self._near.clear()
             self._far.clear()
-            if self._started:
-                self._started = False
-                ray.shutdown()
+        self._session.close()
 
     def forget(self) -> None:
         """In a forked child: Ray is the parent's, and can't be used here."""
         if self._door is not None:
             self._door.left()
         self._door = None
-        self._started = self._watched = False
+        self._session.forget()
         self._lock = threading.Lock()
 
-    # the cluster
-
-    def _init(self) -> None:
-        """Be connected to the cluster, or start one here."""
-        if _forked:
-            raise BackendUnavailable(
-                "this process was forked from one that uses Ray, and Ray can't be used in both",
-                hint='start processes with the method "spawn"',
-            )
-        with self._lock:
-            if ray.is_initialized():
-                return
-            knock(self._address or os.environ.get("RAY_ADDRESS") or "")
-            # Which thread connects is no matter to us, and Ray warns that it takes no SIGTERM in this one.
-            logger = logging.getLogger("ray._private.worker")
-            level = logger.level
-            logger.setLevel(logging.ERROR)
-            try:
-                self._connect()
-            except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-                where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
-                raise BackendUnavailable(
-                    f"no Ray cluster can be had at {where}: {error}",
-                    hint="is it running, and the address right? `ray status` tells",
-                ) from error
-            finally:
-                logger.setLevel(level)
-            self._started = True
-
-    def _connect(self) -> None:
-        for attempt in range(CONNECTS):
-            try:
-                ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", namespace="flowfn")
-                return
-            except ConnectionAbortedError as error:
-                # `ray://` starts a process for each client, and gives a busy head half a minute for it.
-                if "Starting Ray client server failed" not in str(error) or attempt == CONNECTS - 1:
-                    raise
-
-    def _look_up(self) -> None:
-        """Raise BackendUnavailable if the head of the cluster is gone: Ray waits a minute, and then ends this process.
-
-        It may come back at once, where somebody restarts it.
-        """
-        try:
-            address = ray.get_runtime_context().gcs_address
-        except Exception:  # Ray's client has none
-            return
-        deadline = time.monotonic() + HEAD_S
-        while True:
-            try:
-                knock(address)
-                return
-            except BackendUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(LOOK_S)
-
-    def _keep(self, connection: Connection) -> None:
-        """Remember a worker, and that the cluster's head is there as long as there are any."""
-        with self._lock:
-            self._open.add(connection)
-            if self._watched:
-                return
-            self._watched = True
-        threads.start(self._watch)
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(WATCH_S)
-            with self._lock:
-                open_now = list(self._open)
-                if not open_now or not ray.is_initialized():
-                    self._watched = False
-                    return
-            try:
-                self._look_up()
-            except BackendUnavailable:  # workers may not have noticed; who waits for them hears of it
-                for connection in open_now:
-                    connection.kill()
-            del open_now
-
-    def nodes(self) -> list[Mapping[str, float]]:
-        """The resources of the nodes that are alive."""
-        self._init()
-        self._look_up()
-        try:
-            return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        except ray_connection.GONE as error:
-            raise self._lost(error) from error
+    # what is asked for
 
     def _choose(self, spec: FunctionSpec) -> ray_resources.Need:
-        return ray_resources.choose(spec, self.nodes(), self._resources)
-
-    def _lost(self, error: BaseException) -> BackendUnavailable:
-        where = self._address or "here"
-        return BackendUnavailable(
-            f"the Ray cluster at {where} does not answer: {ray_connection.summary(error)}",
-            hint="is it running? `ray status` tells",
-        )
+        return ray_resources.choose(spec, self._session.nodes(), self._resources)
 
     def _image(self, spec: FunctionSpec) -> tuple[Image | None, dict[str, Any]]:
         """What to build on the node, and options for Ray."""
@@ -306,8 +206,15 @@ class RayBackend(Backend):
         if self._closed != generation or not ray.is_initialized():  # else Ray would start a cluster
             raise BackendUnavailable("the ray backend was shut down while a worker started")
 
-    def _start(self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], generation: int) -> Any:
-        """Start a worker's program where Ray has room for it."""
+    def _start(
+        self,
+        spec: FunctionSpec,
+        need: ray_resources.Need,
+        options: dict[str, Any],
+        generation: int,
+        meanwhile: Callable[[], object],
+    ) -> Any:
+        """Start a worker's program where Ray has room for it. `meanwhile` is done once Ray was asked."""
         self._check_open(generation)
         try:
             order = {
@@ -317,20 +224,20 @@ class RayBackend(Backend):
                 "drop": [] if spec.cpu else ["OMP_NUM_THREADS"],  # Ray sets it by what a task asks for
             }
             if self._direct and not (self._far and not self._near):
-                lodged = self._lodge(spec, need, options, order, [])
+                lodged = self._lodge(spec, need, options, {**order, "packed": []}, meanwhile)
                 if lodged == {"lacks": order["digest"]}:  # most nodes have it: it is packed when one does not
-                    lodged = self._lodge(spec, need, options, order, [self._runtime()])
+                    lodged = self._lodge(spec, need, options, {**order, "packed": [self._runtime()]}, meanwhile)
                 if not isinstance(lodged, dict):
                     return lodged
                 options = {**options, "scheduling_strategy": _on(lodged["node"])}
-            return self._relay(spec, need, dict(options), order, [self._runtime()])
+            return self._relay(spec, need, dict(options), {**order, "packed": [self._runtime()]}, meanwhile)
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise BackendUnavailable(
                 f"Ray can't make the environment of a worker: {error}",
                 hint="a container takes Podman on the nodes, and Ray in its image" if spec.image is not None else None,
             ) from error
         except ray_connection.GONE as error:
-            raise self._lost(error) from error
+            raise self._session.lost(error) from error
 
     def _runtime(self) -> Any:
         """A reference to the runtime in Ray's object store; put there once."""
@@ -341,7 +248,12 @@ class RayBackend(Backend):
             return self._packed[1]
 
     def _lodge(
-        self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], order: dict[str, Any], packed: Any
+        self,
+        spec: FunctionSpec,
+        need: ray_resources.Need,
+        options: dict[str, Any],
+        order: dict[str, Any],
+        meanwhile: Callable[[], object],
     ) -> ray_connection.RayConnection | dict[str, Any]:
         """A worker that was handed in at the door, or why not: see `ray_lease.lodge`."""
         with self._lock:
@@ -352,7 +264,9 @@ class RayBackend(Backend):
         self._leases.add(lease)
         try:
             order = {**order, "door": door.path, "token": lease.token}
+            packed = order.pop("packed")
             lease.begun(_lodge.options(**options).remote(order, packed))
+            meanwhile()
             self._wait(lease, spec, need)
         except BaseException:
             lease.give_up()
@@ -365,7 +279,7 @@ class RayBackend(Backend):
         if handed_in is not None:
             self._near.add(handed_in[0]["node"])
             connection = ray_connection.RayConnection(lease, *handed_in)
-            self._keep(connection)
+            self._session.keep(connection)
             return connection
         if lease.answer:
             if "node" in lease.answer:
@@ -383,8 +297,8 @@ class RayBackend(Backend):
         told = False
         while not lease.happened.wait(LOOK_S):
             waited = time.monotonic() - begun
-            self._look_up()
-            full = not any(map(need.fits, _free()))
+            self._session.look_up()
+            full = not any(map(need.fits, ray_session.free()))
             if full:
                 self._waiting.add(lease)
             if full or waited > ROOM_S:
@@ -394,7 +308,7 @@ class RayBackend(Backend):
             if waited > self._wait_s:
                 raise ResourceUnavailable(
                     f"Ray had no room for a worker with {need} for {self._wait_s:g} s",
-                    hint=f"there is: {ray_resources.summary(self.nodes())}; wait longer with wait=",
+                    hint=f"there is: {ray_resources.summary(self._session.nodes())}; wait longer with wait=",
                 )
             if full and not told and waited > ROOM_S and sys.stderr is not None and sys.stderr.isatty():
                 told = True
@@ -402,14 +316,21 @@ class RayBackend(Backend):
                 terminal.show_output("ray", 0, "ray", text.encode(), True)
 
     def _relay(
-        self, spec: FunctionSpec, need: ray_resources.Need, options: dict[str, Any], order: dict[str, Any], packed: Any
+        self,
+        spec: FunctionSpec,
+        need: ray_resources.Need,
+        options: dict[str, Any],
+        order: dict[str, Any],
+        meanwhile: Callable[[], object],
     ) -> ray_connection.RelayedConnection:
         del options["max_retries"]
+        packed = order.pop("packed")
         actor = _Relay.options(max_restarts=0, **options).remote(order, packed)
         lease = ray_connection.Lease("")
         self._leases.add(lease)
         try:
             lease.begun(actor.start.remote())
+            meanwhile()
             self._wait(lease, spec, need)
             if lease.given_up:
                 raise BackendUnavailable("the ray backend was shut down while a worker started")
@@ -422,33 +343,8 @@ class RayBackend(Backend):
             self._leases.discard(lease)
             self._waiting.discard(lease)
         connection = ray_connection.RelayedConnection(actor, lease.answer)
-        self._keep(connection)
+        self._session.keep(connection)
         return connection
-
-
-def knock(address: str) -> None:
-    """Raise BackendUnavailable if nobody listens at the address: Ray itself would try for minutes."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return  # "auto", "local": Ray finds out
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
-    except OSError as error:
-        raise BackendUnavailable(
-            f"no Ray cluster can be had at {address}: {error.strerror or error}",
-            hint="is it running, and the address right? `ray status` tells",
-        ) from None
-
-
-def _free() -> list[Mapping[str, float]]:
-    """What is free on each node, as far as Ray says; of all together where it does not say more."""
-    try:
-        from ray._private import state
-
-        per_node: dict[str, Mapping[str, float]] = state.available_resources_per_node()
-        return list(per_node.values())
-    except Exception:  # not Ray's promise, and no part of its client
-        return [ray.available_resources()]
 
 
 def _on(node: str) -> Any:
@@ -461,13 +357,10 @@ ray.cloudpickle.register_pickle_by_value(ray_lease)
 _lodge = ray.remote(ray_lease.lodge)
 _Relay = ray.remote(concurrency_groups=ray_lease.CONCURRENCY)(ray_lease.Relay)
 
-_forked = False
 _backends: weakref.WeakSet[RayBackend] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = _forked or ray.is_initialized()
     for backend in list(_backends):
         backend.forget()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flowfn import threads
 from flowfn_runtime.errors import BackendUnavailable, FlowError, ResourceUnavailable
 
 LOOK_S = 5.0  # how often it is looked whether the cluster's head is there
+KNOCK_S = 10.0  # for the address to answer
 GONE_S = 15.0  # how long the head may be gone
 END_S = 10.0
 _SIZE = struct.Struct("<Q")
@@ -29,8 +31,6 @@ class Line:
     """One such program. Any thread may ask. It ends with this process, however that ends."""
 
     def __init__(self, address: str) -> None:
-        from flowfn.backends.ray import knock
-
         knock(address)
         boot = f"import sys; sys.path[:] = {sys.path!r}; from flowfn.backends.ray_talk import main; main(sys.argv[1])"
         self._listens = False
@@ -121,6 +121,20 @@ class Line:
         for pipe in (self._process.stdin, self._process.stdout):
             os.dup2(null, pipe.fileno(), inheritable=False)  # not closed: a thread of the parent may hold its lock
         os.close(null)
+
+
+def knock(address: str) -> None:
+    """Raise BackendUnavailable if nobody listens at the address: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local": Ray finds out
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise BackendUnavailable(
+            f"no Ray cluster can be had at {address}: {error.strerror or error}",
+            hint="is it running, and the address right? `ray status` tells",
+        ) from None
 
 
 def _answer(said: Any) -> Any:
@@ -229,8 +243,6 @@ def _ask(keeper: Any, method: str, arguments: Any) -> tuple[Any, ...]:
 
 def _watch(address: str) -> None:
     """End this program when the cluster is lost: Ray would wait for a minute."""
-    from flowfn.backends.ray import knock
-
     seen = time.monotonic()
     while True:
         time.sleep(LOOK_S)
