@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from flowfn import config, loader, shipping, terminal
 from flowfn.backends import stream
 from flowfn.backends.base import Backend, Connection, Exit
-from flowfn.backends.container_engine import Engine, noise
+from flowfn.backends.container_engine import Engine, Facts, noise
 from flowfn.backends.container_images import Images
 from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendError, BackendUnavailable, ConfigError, FlowError
@@ -53,6 +53,8 @@ END_S = 5.0  # how long a container may take to be gone once it was killed
 
 class ContainerConnection(stream.StreamConnection):
     """One `podman run` or `docker run`, and the container that it stands for."""
+
+    far = False
 
     def __init__(self, argv: Sequence[str], *, engine: Engine, pass_fds: Sequence[int], **options: Any) -> None:
         self.engine = engine
@@ -159,8 +161,19 @@ class ContainerBackend(Backend):
     # the contract
 
     def connect(self, spec: FunctionSpec) -> Connection:
+        facts, remembered = self.engine.facts(), self.engine.remembered
+        failures: list[str] = []
+        try:
+            return self._connect(spec, facts, failures)
+        except FlowError:
+            if not failures or not remembered:
+                raise
+        self.engine.doubt()  # it may be another one than it was, or lack the image by now
+        return self._connect(spec, self.engine.facts(), failures)
+
+    def _connect(self, spec: FunctionSpec, facts: Facts, failures: list[str]) -> Connection:
+        """Start a container. If the engine failed, `failures` has its words."""
         generation = self._closed
-        facts = self.engine.facts()
         image = self.images.get(spec.image, self.image)
         held = Held()
         try:
@@ -181,7 +194,7 @@ class ContainerBackend(Backend):
             argv = [*ours, *self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
             argv += ["--entrypoint", program[0], image, *program[1:]]
             kind = functools.partial(self._start, generation, held.fds)
-            explain = functools.partial(self._explain, image)
+            explain = functools.partial(self._explain, image, failures)
             connection = stream.start(argv, launch, label="container", explain=explain, kind=kind)
         except BaseException:
             held.close()
@@ -343,7 +356,8 @@ class ContainerBackend(Backend):
         environ |= claim.env
         return gpu_options([gpu.uuid for gpu in claim.gpus if not gpu.declared], self.engine.facts().docker)
 
-    def _explain(self, image: str, status: int, said: str) -> FlowError | None:
+    def _explain(self, image: str, failures: list[str], status: int, said: str) -> FlowError | None:
+        failures.append(said)
         self.images.forget()
         if found := self.engine.meaning(said, image):
             return found

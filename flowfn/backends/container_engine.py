@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flowfn.backends.container_memory import Memory
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 ANSWER_S = 60.0  # how long the engine may take to answer a question
@@ -59,6 +60,12 @@ class Engine:
         self._options = list(options)
         self._lock = threading.Lock()
         self._facts: Facts | None = None
+        self._images: set[str] = set()  # that are there
+        self.remembered = False  # all that by earlier programs, so that it may not be true any more
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        return Memory(self.program, self._options)
 
     @functools.cached_property
     def program(self) -> str:
@@ -95,8 +102,12 @@ class Engine:
         return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
     def facts(self) -> Facts:
-        """What it is and can do. Asked once; raises BackendUnavailable if it does not run."""
+        """What it is and can do. Asked once, or remembered; raises BackendUnavailable if it does not run."""
         with self._lock:
+            if self._facts is None and (words := self.memory.read()):
+                self._facts = Facts(words["docker"], words["rootless"], frozenset(words["limits"]))
+                self._images = set(words["images"])
+                self.remembered = True
             if self._facts is None:
                 status, out, errors = self.ask("info", "--format", "{{json .}}")
                 try:
@@ -107,7 +118,36 @@ class Engine:
                     said = "\n".join([errors.strip(), *(told.get("ServerErrors") or [])]).strip()
                     raise self.meaning(said) or BackendUnavailable(f"{self.name} does not work here:\n{said}")
                 self._facts = _read(told)
+                self._remember()
             return self._facts
+
+    def has(self, image: str) -> bool:
+        """Whether an image was there when somebody looked."""
+        return image in self._images
+
+    def has_now(self, image: str) -> None:
+        """An image is there."""
+        with self._lock:
+            if self._facts is not None and image not in self._images:
+                self._images.add(image)
+                self._remember()
+
+    def doubt(self) -> None:
+        """Believe nothing that was found out before."""
+        with self._lock:
+            self._facts, self._images, self.remembered = None, set(), False
+            self.memory.forget()
+
+    def be_sure(self) -> None:
+        """From here on go by what is found out by this process."""
+        if self.remembered:
+            self.doubt()
+
+    def _remember(self) -> None:
+        facts = self._facts
+        assert facts is not None
+        words = {"docker": facts.docker, "rootless": facts.rootless, "limits": sorted(facts.limits)}
+        self.memory.write({**words, "images": sorted(self._images)})
 
     def meaning(self, said: str, image: str = "") -> FlowError | None:
         """What to raise of a failure with these words on standard error; None if they are not known."""

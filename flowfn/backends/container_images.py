@@ -61,13 +61,14 @@ class Images:
             self._ready.clear()
 
     def _have(self, reference: str) -> str:
-        if not self._there(reference):
+        if not self._engine.has(reference) and not self._there(reference):
             status, said = self._run(["pull", reference], f"pull {reference}")
             if status:
                 raise self._engine.meaning(said, reference) or BackendUnavailable(
                     f"the image {reference} can't be pulled:\n{tail(said)}",
                     hint=f"try: {self._engine.name} pull {reference}",
                 )
+        self._engine.has_now(reference)
         return reference
 
     def _there(self, reference: str) -> str:
@@ -79,6 +80,8 @@ class Images:
 
     def _made(self, image: Image, default: str) -> str:
         image.check_python()
+        if image.steps:
+            self._engine.be_sure()  # builds are not tried twice
         if image.kind == "dockerfile":
             # Its context may have changed, so the builder is asked each time; it knows what it has.
             plain = replace(image, steps=())

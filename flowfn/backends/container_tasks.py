@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def box(backend: ContainerBackend, draft: Draft) -> dict[str, Any]:
     """What the supervisor is told of the engine, see `flowfn_runtime.taskcontainer`. Pulls or builds the image."""
     wanted = draft.wanted
+    backend.engine.be_sure()  # the task starts without us
     facts = backend.engine.facts()
     host = backend.network == "host"
     if wanted["nodes"] > 1 and not host:

@@ -31,7 +31,7 @@ def load(
     stream = connection.stream
     runtime = bundle()  # read while the program starts
     wanted = b"" if launch is None else launch.frame()
-    early = len(wanted) <= EARLY_BYTES
+    early = connection.far and len(wanted) <= EARLY_BYTES
     if early:  # where nothing is lacking there, that was all
         _say(stream.write_fd, {"digest": runtime.digest, "size": 0, "python": _python(), "then": len(wanted)}, wanted)
     lines = Lines(stream.read_fd)

@@ -208,6 +208,34 @@ def test_an_image_that_is_not_there(made: Make) -> None:
         f.options(image=flow.Image.from_registry("localhost/no-such-image:1").run("true")).remote()
 
 
+def test_what_was_found_out_is_not_asked_again_until_it_is_wrong(made: Make, tmp_path: Path) -> None:
+    """A program after the first has the engine do nothing but run a container, as long as that works."""
+    engine, asked = tmp_path / "podman", tmp_path / "asked"
+    verb = f"[ $a = info ] || [ $a = image ] || [ $a = run ] && echo $a >> {asked}"
+    engine.write_text(f'#!/bin/sh\nfor a; do case $a in -*) ;; *) {verb}; break;; esac; done\nexec podman "$@"\n')
+    engine.chmod(0o755)
+    image = f"localhost/flowfn-test-gone-{os.getpid()}:1"
+    podman.run("tag", podman.BASE, image)
+
+    def verbs() -> list[str]:
+        f = flow.function(backend=made(engine=str(engine), image=image))(lambda: 7)
+        asked.write_text("")
+        try:
+            assert f.remote() == 7
+        finally:
+            f.spec.backend.close()
+        return asked.read_text().split()
+
+    try:
+        assert verbs() == ["info", "image", "run"]
+        assert verbs() == ["run"]
+    finally:
+        podman.run("untag", image, image)  # this name alone
+    with pytest.raises(flow.BackendUnavailable):
+        verbs()
+    assert asked.read_text().split()[:3] == ["run", "info", "image"]
+
+
 def test_an_image_without_python_or_without_anything(made: Make, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text(f"FROM {podman.BASE}\nRUN rm /usr/bin/python3*\n")
     f = flow.function(backend=made())(lambda: 1)
