@@ -130,6 +130,13 @@ class RayBackend(Backend):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    def describe(self) -> str:
+        if not (address := self._session.address or os.environ.get("RAY_ADDRESS")):
+            return f"a cluster is started on this machine when it is needed, with {os.cpu_count()} cores"
+        nodes = self._session.nodes()
+        cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        return f"{address}: {len(nodes)} nodes with {cores:g} cores, {gpus:g} GPUs"
+
     def slots(self, spec: FunctionSpec) -> int:
         return self._choose(spec).slots
 
@@ -235,6 +242,11 @@ class RayBackend(Backend):
             raise BackendUnavailable(
                 f"Ray can't make the environment of a worker: {error}",
                 hint="a container takes Podman on the nodes, and Ray in its image" if spec.image is not None else None,
+            ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise BackendUnavailable(
+                f"the runtime can't be put in place on a Ray node: {error.cause}",
+                hint="is its disk full? Another directory there may do: cache=",
             ) from error
         except ray_connection.GONE as error:
             raise self._session.lost(error) from error
