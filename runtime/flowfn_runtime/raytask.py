@@ -149,7 +149,7 @@ class Courier:
         self._task_id = task_id
         self._growing = [f"{node}.{stream}" for node in range(nodes) for stream in ("out", "err")] + ["supervisor.log"]
         self._sent: dict[str, int] = {}
-        self._told = b""
+        self._told: dict[str, Any] = {}
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Ask the keeper, which may be away for a while."""
@@ -198,15 +198,15 @@ class Courier:
 
     def send(self, *, last: bool = False) -> None:
         """What is new in the task's files; the result only when it is whole."""
+        # First of all where it is: who reads that it listens may want to connect.
+        told = {**(taskdir.read_json(self.directory, "state.json") or {}), "address": self.address}
+        if told != self._told:
+            self.ask("add", self._task_id, [("state.json", -1, json.dumps(told).encode())])
+            self._told = told
         for name in [*self._growing, "result"] if last else self._growing:
             while piece := self._piece(name):
                 self.ask("add", self._task_id, [(name, self._sent.get(name, 0), piece)])
                 self._sent[name] = self._sent.get(name, 0) + len(piece)
-        state = taskdir.read_json(self.directory, "state.json")
-        told = json.dumps({**(state or {}), "address": self.address}).encode() if state else b""
-        if told != self._told:
-            self.ask("add", self._task_id, [("state.json", -1, told)])
-            self._told = told
         if "started" not in self._sent and os.path.exists(os.path.join(self.directory, "started")):
             self.ask("add", self._task_id, [("started", -1, b"")])
             self._sent["started"] = 0
