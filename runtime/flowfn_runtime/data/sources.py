@@ -6,9 +6,10 @@ other URL goes through its fsspec filesystem. `open_source` chooses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from flowfn_runtime.data.answer import check_head
@@ -20,8 +21,8 @@ from flowfn_runtime.data.s3_page import Page, Pages
 from flowfn_runtime.data.spec import scheme_of
 from flowfn_runtime.errors import DataAccessDenied, DataError, DataNotFound
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+# Series of pages that are asked for side by side.
+_MOST_SERIES = 16
 
 Sink = Callable[[memoryview], Any]
 
@@ -194,20 +195,31 @@ class _Series:
         self.prefix = prefix
         self.patience = patience
         self.bounds: list[str | None] = [*sorted({hint for hint in hints if hint.startswith(prefix)}), None]
-        self._later: list[Future[list[Page]]] = []
-        self._pool: ThreadPoolExecutor | None = None
+        # Handed out one by one by the iterator itself. (A pool of threads takes as long to import as a page to come.)
+        self._waiting: Iterator[tuple[int, tuple[str | None, str | None]]] = enumerate(pairwise(self.bounds))
+        self._later: dict[int, list[Page]] = {}
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> _Series:
-        if len(self.bounds) > 1:
-            from concurrent.futures import ThreadPoolExecutor
-
-            self._pool = ThreadPoolExecutor(min(len(self.bounds) - 1, 16))
-            self._later = [self._pool.submit(self.part, *ends) for ends in pairwise(self.bounds)]
+        for _ in range(min(len(self.bounds) - 1, _MOST_SERIES)):
+            thread = threading.Thread(target=self._work, name="flowfn-listing", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._waiting = iter(())
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            while (task := next(self._waiting, None)) is not None:
+                number, ends = task
+                self._later[number] = self.part(*ends)
+        except BaseException as error:
+            self._failure, self._waiting = error, iter(())
 
     def part(self, after: str | None, through: str | None) -> list[Page]:
         """The pages of the keys from the one `after` to the one `through`, which is the last."""
@@ -225,7 +237,11 @@ class _Series:
 
     def rest(self) -> list[Page]:
         """What comes after the first of the bounds."""
-        return [page for series in self._later for page in series.result()]
+        for thread in self._threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return [page for _, series in sorted(self._later.items()) for page in series]
 
     def all_after(self, after: str) -> list[Page]:
         """What comes after a key that lies before the first of the bounds, on it, or beyond it."""
