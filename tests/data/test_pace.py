@@ -48,4 +48,4 @@ def test_never_more_threads_than_work() -> None:
 
 
 def test_what_is_more_the_kernel_s_work_begins_with_more_threads() -> None:
-    assert [Pace(mean, now=0.0, used=0.0).first for mean in (4096, 100 << 10, 16 << 20)] == [1, 2, 4]
+    assert [Pace(mean, now=0.0, used=0.0).first for mean in (4096, 100 << 10, 16 << 20)] == [1, 1, 4]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 MOST_THREADS = 64
 _SMALL_BYTES = 1 << 20
-_TINY_BYTES = 64 << 10
 _LOOK_EVERY_S = 0.02
 # How much faster it has to get when the number of threads doubles, and how long to leave it alone if it does not.
 _GAIN = 1.15
@@ -15,13 +14,13 @@ class Pace:
     """Doubles the threads of a transfer as long as that makes it faster and the processor has time for them.
 
     A server next door is busy with a few, and more only get into each other's way; one that is far away takes dozens.
-    `mean_bytes` is the size of the objects: tiny ones are the interpreter's work, of which there is one, and large
+    `mean_bytes` is the size of the objects: small ones are the interpreter's work, of which there is one, and large
     ones the kernel's, which has all processors.
     """
 
     def __init__(self, mean_bytes: float, *, now: float, used: float) -> None:
         small = mean_bytes < _SMALL_BYTES
-        self.first = 1 if mean_bytes < _TINY_BYTES else 2 if small else 4
+        self.first = 1 if small else 4
         # The part of a processor that may be busy while we still count as waiting for the network.
         self._idle_below = 0.6 if small else 1.0
         self._then, self._used, self._done = now, used, 0
