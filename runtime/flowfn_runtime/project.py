@@ -79,6 +79,8 @@ def snapshot(
         if total > limit_bytes or len(entries) >= limit_files:
             raise _too_large(root, largest, total, len(entries), limit_bytes, limit_files)
         digest = "" if link is not None else _digest(os.path.join(root, path))
+        if digest is None:
+            continue  # it was removed meanwhile, as editors do with files of theirs
         entries.append(Entry(path, digest, size, link is None and bool(status.st_mode & 0o100), link))
     entries.sort(key=lambda entry: entry.path)
     files = tuple(entries)
@@ -248,7 +250,7 @@ def _is_digest(entry: Entry) -> bool:
     return entry.link is not None or (len(entry.digest) == 64 and set(entry.digest) <= set("0123456789abcdef"))
 
 
-def _digest(path: str) -> str:
+def _digest(path: str) -> str | None:
     import hashlib
 
     digest = hashlib.sha256()
@@ -257,7 +259,7 @@ def _digest(path: str) -> str:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     except FileNotFoundError:
-        raise ValidationError(f"{path} vanished while the project was read", hint="Try again.") from None
+        return None
     except OSError as error:
         raise ValidationError(
             f"{path} can't be read, so the project can't go along: {error.strerror}",

@@ -34,6 +34,10 @@ def walk(root: str, exclude: set[str]) -> Iterator[tuple[str, os.stat_result, st
                 f"{full} can't be read, so the project can't go along",
                 hint="Name it in .flowignore, or set code_root= to another directory.",
             ) from None
+        except FileNotFoundError:
+            if not directory:
+                raise
+            continue  # it was removed meanwhile
         for entry in entries:
             path = f"{directory}/{entry.name}" if directory else entry.name
             is_dir = entry.is_dir(follow_symlinks=False)
@@ -45,10 +49,14 @@ def walk(root: str, exclude: set[str]) -> Iterator[tuple[str, os.stat_result, st
             if is_dir:
                 if not os.path.exists(os.path.join(entry.path, "pyvenv.cfg")):  # an environment by whatever name
                     pending.append((path, git, flow))
-            elif entry.is_symlink():
-                yield path, entry.stat(follow_symlinks=False), os.readlink(entry.path)
-            elif stat.S_ISREG((status := entry.stat(follow_symlinks=False)).st_mode):
-                yield path, status, None
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+                link = os.readlink(entry.path) if stat.S_ISLNK(status.st_mode) else None
+            except FileNotFoundError:
+                continue  # it was removed meanwhile
+            if link is not None or stat.S_ISREG(status.st_mode):
+                yield path, status, link
 
 
 class _Levels:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,29 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "root" / "a.py").write_text("other")
     with pytest.raises(ValidationError, match=r"a\.py"):
         project.keep(snapshot, str(tmp_path / "store"))
+
+
+def test_files_that_vanish_while_they_are_looked_for_are_none_of_it(tmp_path: Path) -> None:
+    (tmp_path / "stays.py").write_text("x = 1\n")
+    done = threading.Event()
+
+    def edit() -> None:
+        while not done.is_set():
+            (tmp_path / "d").mkdir()
+            for name in (".swap", "4913", "d/part"):
+                (tmp_path / name).write_text("x")
+            shutil.rmtree(tmp_path / "d")
+            for name in (".swap", "4913"):
+                (tmp_path / name).unlink()
+
+    editor = threading.Thread(target=edit)
+    editor.start()
+    try:
+        for _ in range(300):
+            assert "stays.py" in {entry.path for entry in project.snapshot(str(tmp_path)).files}
+    finally:
+        done.set()
+        editor.join()
 
 
 def test_the_task_keeps_the_code_it_was_submitted_with(
