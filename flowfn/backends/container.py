@@ -220,6 +220,10 @@ class ContainerBackend(Backend):
 
         return container_tasks.box(self, draft)
 
+    def describe(self) -> str:
+        how = " without root" if self.engine.facts().rootless else ""
+        return f"{self.engine.name}{how}, {os.cpu_count()} cores, {self._inventory()}"
+
     def slots(self, spec: FunctionSpec) -> int:
         if spec.gpu:
             from flowfn_runtime import gpus

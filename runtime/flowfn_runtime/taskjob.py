@@ -196,8 +196,15 @@ def _rank(directory: str, plan: dict[str, Any]) -> int:
         print(f"flow: {error}", file=sys.stderr)
         return 1
     ended = watcher._watch(nodes.start(), None)
+    code = 0 if ended.state == taskdb.COMPLETED else ended.exit_code or 143
+    try:
+        if not code:
+            nodes.commit()
+    except FlowError as error:
+        print(f"flow: {error}", file=sys.stderr)
+        code = 1
     nodes.close()
-    return 0 if ended.state == taskdb.COMPLETED else ended.exit_code or 143
+    return code
 
 
 def _addresses(nodelist: str) -> list[str]:

@@ -22,6 +22,7 @@ import flowfn as flow
 from flowfn.backends.local import LocalBackend
 from flowfn.backends.slurm import SlurmBackend
 from flowfn.backends.ssh import SshBackend
+from flowfn.client import Flow
 from flowfn_runtime.data import volumes
 
 WAIT_S = 60.0
@@ -166,3 +167,19 @@ def test_tasks(backend: flow.Backend, elsewhere: Look) -> None:
     assert elsewhere() == "one "
     make(backend).submit("two").result(WAIT_S)
     assert elsewhere() == "one two"
+
+
+@pytest.mark.parametrize("interface", ["block", "file"])
+def test_a_task_of_several_nodes(slurm_cluster: SlurmCluster, elsewhere: Look, interface: str) -> None:
+    task = flow.TaskConfig(
+        command='[ "$FLOW_NODE_RANK" = 0 ] || printf "from another node" > /notes/note',
+        num_instances=2,
+        volumes=[flow.VolumeSpec(name="notes", mount_path="/notes", interface=interface)],
+        backend=SlurmBackend(slurm_cluster.options()),
+        env={name: os.environ[name] for name in SECRETS},
+        upload_code=False,
+    )
+    with Flow() as client:
+        ended = client.run(task).wait(WAIT_S)
+    assert ended.state == "completed", ended.logs(stderr=True)
+    assert elsewhere() == "from another node"
