@@ -83,6 +83,8 @@ class Flow:
             raise ValidationError("gpu= and instance_type= are two names of one option; give one")
         from .taskconfig import TaskConfig
 
+        if isinstance(command, TaskConfig):
+            raise ValidationError("submit takes a command, and was given a TaskConfig", hint="pass it to run")
         _merge_mounts(fields, mounts if mounts is not None else data)
         wanted = gpu if gpu is not None else instance_type
         if wanted is not None:

@@ -116,6 +116,8 @@ def test_two_names_of_one_option_are_refused(tmp_path: Path, monkeypatch: pytest
         client.submit("true", gpu="a100", instance_type="a100")
     with pytest.raises(ValidationError, match="did you mean 'num_instances'"):
         client.submit("true", num_instance=2)
+    with pytest.raises(ValidationError, match="pass it to run"):
+        client.submit(TaskConfig(command="true"))  # type: ignore[arg-type]
     with pytest.raises(FlowError):
         client.mount_volume("vol_1", "task_1")
     assert client.list_tasks() == []
