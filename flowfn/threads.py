@@ -15,6 +15,8 @@ from typing import Any
 
 from flowfn_runtime.errors import BackendError
 
+LOOK_S = 1.0
+
 
 def start(target: Callable[[], object]) -> None:
     """Run `target` in a thread of its own. Raises BackendError if there can be no more threads.
@@ -33,6 +35,19 @@ def _run(target: Callable[[], object]) -> None:
     if trace is not None:
         sys.settrace(trace)
     target()
+
+
+def _until_open(gate: threading.Lock) -> bool:
+    """Take `gate`, whenever that is.
+
+    A signal that the kernel hands to another thread, or that comes just before the main thread falls asleep, does not
+    wake it: so the main thread looks up now and then, and Ctrl-C is late at worst.
+    """
+    if threading.get_ident() != threading.main_thread().ident:
+        return gate.acquire()
+    while not gate.acquire(True, LOOK_S):
+        pass
+    return True
 
 
 class Condition(threading.Condition):
@@ -54,7 +69,7 @@ class Condition(threading.Condition):
         late: BaseException | None = None
         try:
             self._lock.release()  # type: ignore[attr-defined]  # held once: nothing here enters it twice and waits
-            signalled = gate.acquire() if timeout is None else gate.acquire(True, max(0.0, timeout))
+            signalled = _until_open(gate) if timeout is None else gate.acquire(True, max(0.0, timeout))
         finally:
             while not self._lock._is_owned():  # type: ignore[attr-defined]
                 try:
