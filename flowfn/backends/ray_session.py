@@ -72,7 +72,7 @@ class Session:
                 return
             except ConnectionAbortedError as error:
                 # `ray://` starts a process for each client, and gives a busy head half a minute for it.
-                if "Starting Ray client server failed" not in str(error) or attempt == CONNECTS - 1:
+                if "Initialization failure from server" not in str(error) or attempt == CONNECTS - 1:
                     raise
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SESSIONS = 9  # workers on a connection: a server's default of 10, less the keeper
 SILENCE_S = 60.0  # after which it believes that the client is gone
 ATTEMPTS = 5  # to start a worker, when connections are lost or full
+PAUSE_S = 0.2  # longer before each of them
 AGAIN_S = 5.0  # after which a host that could not be reached is tried again
 
 
@@ -128,7 +129,8 @@ class Host:
 
     def connect(self, launch: shipping.Launch) -> stream.StreamConnection:
         """Start a worker."""
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
+            time.sleep(PAUSE_S * attempt)  # a busy server drops connections, and a moment later it may not
             with self.lock:
                 lane = self._lane()
                 before, lane.sessions = lane.sessions, lane.sessions + 1
@@ -149,7 +151,9 @@ class Host:
                         lane.close()
                     else:
                         raise
-        raise BackendUnavailable(f"{self.address} lets nobody start a worker, after {ATTEMPTS} attempts")
+        raise BackendUnavailable(
+            f"{self.address} lets nobody start a worker, after {ATTEMPTS} attempts:\n{failure.said.strip()}"
+        )
 
     def _left(self, lane: Lane) -> None:
         """A worker's session is over."""
