@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.exceptions
@@ -40,6 +40,15 @@ WAIT_S = 600.0  # for Ray to have room for a worker; an autoscaler takes minutes
 
 # What a worker that starts meets where its node is lost, and the cluster is not.
 NODE_LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+
+
+class _Wanted(NamedTuple):
+    """A worker that is asked for."""
+
+    spec: FunctionSpec
+    need: ray_resources.Need
+    options: dict[str, Any]  # for Ray
+    meanwhile: Callable[[], object]  # what there is to do once Ray was asked
 
 
 class RayBackend(Backend):
@@ -102,7 +111,7 @@ class RayBackend(Backend):
             if self._spread:
                 options["scheduling_strategy"] = "SPREAD"
             try:
-                connection: Any = self._start(spec, need, options, generation, to_ship)
+                connection: Any = self._start(_Wanted(spec, need, options, to_ship), generation)
             except BackendUnavailable as error:
                 if attempt < ATTEMPTS and isinstance(error.__cause__, NODE_LOST):
                     continue
@@ -123,10 +132,12 @@ class RayBackend(Backend):
                 connection.close()
                 if isinstance(error, EOFError) and attempt == ATTEMPTS:
                     raise BackendUnavailable(f"{connection.label}: a worker's program ended early: {how}") from None
-                edited = launch.newer() if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS else None
-                if edited is not None:
-                    newer = edited  # files, while they were sent
-                elif not isinstance(error, EOFError):
+                if isinstance(error, (OSError, FlowError)) and attempt < ATTEMPTS:
+                    edited = (newer or to_ship()).newer()
+                    if edited is not None:  # files, while they were sent
+                        newer = edited
+                        continue
+                if not isinstance(error, EOFError):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -213,35 +224,30 @@ class RayBackend(Backend):
         if self._closed != generation or not ray.is_initialized():  # else Ray would start a cluster
             raise BackendUnavailable("the ray backend was shut down while a worker started")
 
-    def _start(
-        self,
-        spec: FunctionSpec,
-        need: ray_resources.Need,
-        options: dict[str, Any],
-        generation: int,
-        meanwhile: Callable[[], object],
-    ) -> Any:
-        """Start a worker's program where Ray has room for it. `meanwhile` is done once Ray was asked."""
+    def _start(self, wanted: _Wanted, generation: int) -> Any:
+        """Start a worker's program where Ray has room for it."""
         self._check_open(generation)
         try:
             order = {
                 "digest": bundle().digest,
                 "cache": self._cache,
                 "environ": {"FLOW_CACHE": self._cache} if self._cache else {},
-                "drop": [] if spec.cpu else ["OMP_NUM_THREADS"],  # Ray sets it by what a task asks for
+                "drop": [] if wanted.spec.cpu else ["OMP_NUM_THREADS"],  # Ray sets it by what a task asks for
             }
             if self._direct and not (self._far and not self._near):
-                lodged = self._lodge(spec, need, options, {**order, "packed": []}, meanwhile)
+                lodged = self._lodge(wanted, order, [])
                 if lodged == {"lacks": order["digest"]}:  # most nodes have it: it is packed when one does not
-                    lodged = self._lodge(spec, need, options, {**order, "packed": [self._runtime()]}, meanwhile)
+                    lodged = self._lodge(wanted, order, [self._runtime()])
                 if not isinstance(lodged, dict):
                     return lodged
-                options = {**options, "scheduling_strategy": _on(lodged["node"])}
-            return self._relay(spec, need, dict(options), {**order, "packed": [self._runtime()]}, meanwhile)
+                wanted = wanted._replace(options={**wanted.options, "scheduling_strategy": _on(lodged["node"])})
+            return self._relay(wanted, order, [self._runtime()])
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise BackendUnavailable(
                 f"Ray can't make the environment of a worker: {error}",
-                hint="a container takes Podman on the nodes, and Ray in its image" if spec.image is not None else None,
+                hint="a container takes Podman on the nodes, and Ray in its image"
+                if wanted.spec.image is not None
+                else None,
             ) from error
         except ray.exceptions.RayTaskError as error:
             raise BackendUnavailable(
@@ -260,12 +266,7 @@ class RayBackend(Backend):
             return self._packed[1]
 
     def _lodge(
-        self,
-        spec: FunctionSpec,
-        need: ray_resources.Need,
-        options: dict[str, Any],
-        order: dict[str, Any],
-        meanwhile: Callable[[], object],
+        self, wanted: _Wanted, order: dict[str, Any], packed: list[Any]
     ) -> ray_connection.RayConnection | dict[str, Any]:
         """A worker that was handed in at the door, or why not: see `ray_lease.lodge`."""
         with self._lock:
@@ -276,10 +277,9 @@ class RayBackend(Backend):
         self._leases.add(lease)
         try:
             order = {**order, "door": door.path, "token": lease.token}
-            packed = order.pop("packed")
-            lease.begun(_lodge.options(**options).remote(order, packed))
-            meanwhile()
-            self._wait(lease, spec, need)
+            lease.begun(_lodge.options(**wanted.options).remote(order, packed))
+            wanted.meanwhile()
+            self._wait(lease, wanted)
         except BaseException:
             lease.give_up()
             raise
@@ -301,7 +301,7 @@ class RayBackend(Backend):
             raise lease.error
         raise BackendUnavailable("the ray backend was shut down while a worker started")
 
-    def _wait(self, lease: ray_connection.Lease, spec: FunctionSpec, need: ray_resources.Need) -> None:
+    def _wait(self, lease: ray_connection.Lease, wanted: _Wanted) -> None:
         """Until the lease is handed in, or is not to be. Raises ResourceUnavailable, or that nobody wants it."""
         from flowfn import pools
 
@@ -310,40 +310,32 @@ class RayBackend(Backend):
         while not lease.happened.wait(LOOK_S):
             waited = time.monotonic() - begun
             self._session.look_up()
-            full = not any(map(need.fits, ray_session.free()))
+            full = not any(map(wanted.need.fits, ray_session.free()))
             if full:
                 self._waiting.add(lease)
             if full or waited > ROOM_S:
-                pools.retire_idle(self, spec)
-            if waited > UNWANTED_S and not pools.wanted(self, spec):
+                pools.retire_idle(self, wanted.spec)
+            if waited > UNWANTED_S and not pools.wanted(self, wanted.spec):
                 raise BackendUnavailable("a worker waited for room on Ray, and no call for it any more")
             if waited > self._wait_s:
                 raise ResourceUnavailable(
-                    f"Ray had no room for a worker with {need} for {self._wait_s:g} s",
+                    f"Ray had no room for a worker with {wanted.need} for {self._wait_s:g} s",
                     hint=f"there is: {ray_resources.summary(self._session.nodes())}; wait longer with wait=",
                 )
             if full and not told and waited > ROOM_S and sys.stderr is not None and sys.stderr.isatty():
                 told = True
-                text = f"waits for room on Ray: {need}\n"
+                text = f"waits for room on Ray: {wanted.need}\n"
                 terminal.show_output("ray", 0, "ray", text.encode(), True)
 
-    def _relay(
-        self,
-        spec: FunctionSpec,
-        need: ray_resources.Need,
-        options: dict[str, Any],
-        order: dict[str, Any],
-        meanwhile: Callable[[], object],
-    ) -> ray_connection.RelayedConnection:
-        del options["max_retries"]
-        packed = order.pop("packed")
+    def _relay(self, wanted: _Wanted, order: dict[str, Any], packed: list[Any]) -> ray_connection.RelayedConnection:
+        options = {name: value for name, value in wanted.options.items() if name != "max_retries"}
         actor = _Relay.options(max_restarts=0, **options).remote(order, packed)
         lease = ray_connection.Lease("")
         self._leases.add(lease)
         try:
             lease.begun(actor.start.remote())
-            meanwhile()
-            self._wait(lease, spec, need)
+            wanted.meanwhile()
+            self._wait(lease, wanted)
             if lease.given_up:
                 raise BackendUnavailable("the ray backend was shut down while a worker started")
             if lease.error is not None:
