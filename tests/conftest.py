@@ -109,3 +109,13 @@ def exact_s3(moto_server: str) -> Iterator[ExactS3]:
     client.create_bucket(Bucket=bucket)
     yield ExactS3(client, moto_server, bucket)
     client.close()
+
+
+@pytest.fixture
+def meeting() -> Iterator[Any]:
+    """Where a test meets its workers: a `flowfn.testing.Meeting`."""
+    from flowfn.testing import Meeting
+
+    place = Meeting("127.0.0.1")
+    yield place
+    place.close()

@@ -35,13 +35,6 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contain
     made.close()
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 def make_work(meeting: Meeting) -> Callable[[], None]:
     meet = meeting.meet
 

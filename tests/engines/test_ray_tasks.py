@@ -63,13 +63,6 @@ def cluster(started: RayCluster, project: Path) -> Iterator[RayCluster]:
             task.cancel().wait(WAIT_S)
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 def submit(cluster: RayCluster, function: Callable[..., Any], address: str | None = None, **options: Any) -> Task:
     from flowfn.backends.ray import RayBackend
 

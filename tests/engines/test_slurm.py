@@ -33,13 +33,6 @@ def cluster(slurm_cluster: SlurmCluster) -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
-@pytest.fixture
 def filled(cluster: SlurmCluster) -> Iterator[Callable[[str, str], None]]:
     """Fills a node of a partition with somebody's job, which ends with the test."""
     others: list[subprocess.Popen[bytes]] = []

@@ -33,13 +33,6 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCl
         cluster.remove()
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 def test_what_became_of_forgotten_jobs(cluster: SlurmCluster, meeting: Meeting) -> None:
     away = cluster.options(extra=["--no-requeue", "--nodelist=n2"])
     with Flow() as client:

@@ -105,13 +105,6 @@ def test_a_call_that_is_cancelled_while_its_job_waits(login: Callable[..., Sshd]
         filler.stdout.close()
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 def test_a_killed_client_leaves_no_job(
     login: Callable[..., Sshd], slurm_cluster: SlurmCluster, meeting: Meeting, tmp_path: Path
 ) -> None:

@@ -56,13 +56,6 @@ def login(
     wait_until(lambda: slurm_cluster.jobs() == [])
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 def submit(meeting: Meeting, backend: Any = "cluster", **options: Any) -> Task:
     meet = meeting.meet
 

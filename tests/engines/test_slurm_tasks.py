@@ -38,13 +38,6 @@ def cluster(slurm_cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
-@pytest.fixture
 def backend(cluster: SlurmCluster) -> SlurmBackend:
     return SlurmBackend(cluster.options())
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +10,6 @@ import flowfn as flow
 from flowfn.testing import Meeting
 
 WAIT_S = 60.0
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
 
 
 @flow.function

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ import flowfn as flow
 from flowfn.testing import Meeting
 
 WAIT_S = 60.0
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
 
 
 def script(code: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,13 +19,6 @@ import flowfn as flow
 from flowfn.testing import Meeting
 
 WAIT_S = 60.0
-
-
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
 
 
 def identity(x: Any) -> Any:

@@ -15,13 +15,6 @@ from flowfn.testing import Meeting
 WAIT_S = 60.0
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 @flow.function(max_workers=1)
 def count(n: int) -> Iterator[int]:
     yield from range(n)

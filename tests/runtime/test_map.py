@@ -22,13 +22,6 @@ from flowfn.testing import Meeting
 WAIT_S = 60.0
 
 
-@pytest.fixture
-def meeting() -> Iterator[Meeting]:
-    place = Meeting("127.0.0.1")
-    yield place
-    place.close()
-
-
 class Counter:
     """Numbers without end; others can wait until so many were taken."""
 
