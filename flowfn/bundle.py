@@ -47,23 +47,11 @@ class Bundle:
 
     def place(self, directory: str) -> str:
         """See that the files are in a directory of their own below this one; its path."""
-        import shutil
-        import tempfile
         import zipfile
 
-        place = os.path.join(directory, self.digest)
-        if not os.path.isdir(place):
-            paths.private_dir(directory)
-            new = tempfile.mkdtemp(dir=directory)
-            try:
-                zipfile.ZipFile(io.BytesIO(self.pack())).extractall(new)
-                os.rename(new, place)
-            except OSError:
-                shutil.rmtree(new, ignore_errors=True)
-                if not os.path.isdir(place):  # else somebody else was faster
-                    raise
-        os.utime(place)
-        return place
+        return paths.placed(
+            os.path.join(directory, self.digest), lambda new: zipfile.ZipFile(io.BytesIO(self.pack())).extractall(new)
+        )
 
 
 @lru_cache(maxsize=1)

@@ -221,8 +221,10 @@ class ContainerBackend(Backend):
         return container_tasks.box(self, draft)
 
     def describe(self) -> str:
+        from flowfn_runtime import limits
+
         how = " without root" if self.engine.facts().rootless else ""
-        return f"{self.engine.name}{how}, {os.cpu_count()} cores, {self._inventory()}"
+        return f"{self.engine.name}{how}, {limits.cores()} cores, {self._inventory()}"
 
     def slots(self, spec: FunctionSpec) -> int:
         if spec.gpu:
@@ -231,8 +233,9 @@ class ContainerBackend(Backend):
             there = self._inventory()
             gpus.check(spec.gpu, there)
             return max(sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, int(cores // spec.cpu)) if spec.cpu else cores
+        from flowfn_runtime import limits
+
+        return max(1, int(limits.cores() // spec.cpu)) if spec.cpu else limits.cores()
 
     def has_room(self, spec: FunctionSpec) -> bool:
         if not spec.gpu:
@@ -318,7 +321,7 @@ class ContainerBackend(Backend):
         import json
 
         from flowfn_runtime.data import mounts, store
-        from flowfn_runtime.data.references import UPLOAD_LOCAL
+        from flowfn_runtime.settings import UPLOAD_LOCAL
 
         own = [paths.private_dir(paths.home()), *store.shared_dirs()]
         binds = [bind(path, path, False) for path in dict.fromkeys([*own, *self._share])]

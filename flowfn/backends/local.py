@@ -39,10 +39,6 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class LocalBackend(Backend):
     """Workers on this machine.
 
@@ -119,14 +115,14 @@ class LocalBackend(Backend):
         return host
 
     def describe(self) -> str:
-        from flowfn_runtime import gpus, sandbox
+        from flowfn_runtime import gpus, limits, sandbox
 
         try:
             sandbox.check()
             mounts = ""
         except FlowError as error:
             mounts = f"; no mounts: {error.message}"
-        return f"{_cores()} cores, {gpus.inventory(config.load().gpus)}{mounts}"
+        return f"{limits.cores()} cores, {gpus.inventory(config.load().gpus)}{mounts}"
 
     def slots(self, spec: FunctionSpec) -> int:
         if spec.gpu:
@@ -136,8 +132,9 @@ class LocalBackend(Backend):
             gpus.check(spec.gpu, there)
             fit = [sum(g.fits(gpu.model, gpu.memory_bytes) for gpu in there.gpus) // g.count for g in spec.gpu]
             return max(fit)
-        cores = _cores()
-        return max(1, int(cores // spec.cpu)) if spec.cpu else cores
+        from flowfn_runtime import limits
+
+        return max(1, int(limits.cores() // spec.cpu)) if spec.cpu else limits.cores()
 
     def has_room(self, spec: FunctionSpec) -> bool:
         if not spec.gpu:

@@ -28,7 +28,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from . import limits, logs, paths, wire
+from . import limits, logs, paths, settings, wire
 from .errors import BackendError, FlowError
 
 # Variables that count only when a program starts.
@@ -184,7 +184,7 @@ class Start:
             self.env = {"VIRTUAL_ENV": place, "PATH": path, **image["env"], **self.env}
         os.environ.update(self.setup["environ"])
         if "FLOW_STORE" in self.setup["environ"]:  # it is the client's, too, which does not see this host's files
-            os.environ["FLOW_UPLOAD_LOCAL"] = "1"
+            os.environ[settings.UPLOAD_LOCAL] = "1"
         if mounts := self.setup.get("mounts"):
             self._stage(mounts)
 

@@ -13,7 +13,7 @@ import select
 import time
 from typing import Any
 
-from . import paths, wire
+from . import limits, paths, wire
 from .errors import FlowError
 
 
@@ -35,7 +35,7 @@ def keep(stream: wire.Stream, silence_s: float, client: Any) -> None:
 def facts() -> dict[str, Any]:
     """What this host has."""
     return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": limits.cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 

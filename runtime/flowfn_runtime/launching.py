@@ -35,7 +35,7 @@ def launch(request: dict[str, Any], control: socket.socket, inherited: list[int]
     try:
         from . import sandbox
         from .data import mounts, spec, store
-        from .data.references import UPLOAD_LOCAL
+        from .settings import UPLOAD_LOCAL
 
         os.environ.update(request["environ"])
         wanted = [spec.Mount.from_dict(mount) for mount in request["mounts"]]

@@ -40,6 +40,11 @@ _THREAD_VARIABLES = (
 # --- cores ------------------------------------------------------------------------------------------------------------
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class CpuShare(NamedTuple):
     """The cores of one worker, held until the last process that inherited `fds` is gone."""
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+TYPE_CHECKING = False  # importing `typing` would take longer than all of this
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 def home() -> str:
     """The flowfn home: volumes, tasks, the registry and locks. `FLOW_HOME`, else `~/.flowfn`."""
@@ -29,3 +34,21 @@ def private_dir(path: str) -> str:
             if not os.path.isdir(path):
                 raise
     return path
+
+
+def placed(place: str, fill: Callable[[str], object]) -> str:
+    """See that the directory `place` is there and complete: `fill` makes it if it is not. Many may do so at once."""
+    if not os.path.isdir(place):
+        import shutil
+        import tempfile
+
+        new = tempfile.mkdtemp(dir=private_dir(os.path.dirname(place)))
+        try:
+            fill(new)
+            os.rename(new, place)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            if not os.path.isdir(place):  # else somebody else was faster
+                raise
+    os.utime(place)  # it is in use
+    return place

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+UPLOAD_LOCAL = "FLOW_UPLOAD_LOCAL"  # set where the client does not see the files: those in results go to the store
 DEFAULT_PROJECT = "default"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -47,19 +46,11 @@ def _start(client: Client, body: Any, plan: dict[str, Any], there: str, **how: A
 def _runtime() -> str:
     """This runtime, where the compute nodes see it, too."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(flowfn_runtime.__file__)))
-    all_of_them = paths.private_dir(os.path.join(paths.home(), "runtime"))
-    place = os.path.join(all_of_them, os.path.basename(here))
-    if not os.path.isdir(place):
-        new = tempfile.mkdtemp(dir=all_of_them)
-        try:
-            shutil.copytree(here, new, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-            os.rename(new, place)
-        except OSError:
-            shutil.rmtree(new, ignore_errors=True)
-            if not os.path.isdir(place):  # else somebody else was faster
-                raise
-    os.utime(place)
-    return place
+
+    def copy(new: str) -> None:
+        shutil.copytree(here, new, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
+    return paths.placed(os.path.join(paths.home(), "runtime", os.path.basename(here)), copy)
 
 
 def _states(client: Client, body: Any, ids: list[str]) -> tuple[Any, bytes]:

@@ -266,7 +266,7 @@ class Nodes:
             "PET_RDZV_ID": spec["task_id"],
         }
         if spec["call"]:
-            from .data.references import UPLOAD_LOCAL
+            from .settings import UPLOAD_LOCAL
 
             env |= {"FLOW_HOME": paths.home(), "FLOW_CACHE": paths.cache(), UPLOAD_LOCAL: "1"}
             if self._contained:

@@ -14,6 +14,7 @@ import pytest
 from s3 import S3, Fault, Request, xml
 
 from flowfn.cli import main
+from flowfn_runtime import limits
 from flowfn_runtime.data import crew
 from flowfn_runtime.data.cache import Cache
 from flowfn_runtime.data.copying import download, stream
@@ -131,7 +132,7 @@ def test_several_processes_fetch_thousands_of_small_objects(s3: S3, monkeypatch:
     expected = {f"{index % 20}/{index}": os.urandom(index % 50) for index in range(300)}
     for key, value in expected.items():
         s3.put(f"set/{key}", value)
-    monkeypatch.setattr(crew, "_cores", lambda: 3)
+    monkeypatch.setattr(limits, "cores", lambda: 3)
     monkeypatch.setattr(crew, "_OBJECTS_A_PROCESS", 100)
     with s3.proxy() as proxy:
         source = open_source(f"{s3.url}/set", s3.through(proxy).options)

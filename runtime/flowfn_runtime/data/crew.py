@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import IO, Any
 
+from flowfn_runtime import limits
 from flowfn_runtime.data import transfer
 from flowfn_runtime.data.depot import Depot, ObjectJob
 from flowfn_runtime.data.model import Object, Progress
@@ -29,15 +30,11 @@ _SMALL_BYTES = 1 << 20
 
 def fetch(depot: Depot, source: Source, jobs: Sequence[ObjectJob], *, progress: Tell | None = None) -> int:
     """Do all jobs, as `transfer.fetch`; how many processes that takes is decided here."""
-    count = min(_MOST_PROCESSES, _cores(), len(jobs) // _OBJECTS_A_PROCESS)
+    count = min(_MOST_PROCESSES, limits.cores(), len(jobs) // _OBJECTS_A_PROCESS)
     small = sum(job.object.size or 0 for job in jobs) <= _SMALL_BYTES * len(jobs)
     if count < 2 or not small or source.recipe is None:
         return transfer.fetch(source, jobs, progress=progress)
     return _Crew(depot, source, jobs, progress).run(count)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Crew:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from ..errors import DataChanged, DataError, DataNotFound, ValidationError
+from ..settings import UPLOAD_LOCAL
 from . import access
 from .access import Info
 from .spec import is_url, public_options, redact, scheme_of
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from .staging import Staged
 
 R = TypeVar("R", bound="Reference")
-
-# Set for workers whose files the client can't see (another host, a sandbox): local files in results go to the store.
-UPLOAD_LOCAL = "FLOW_UPLOAD_LOCAL"
 
 
 class Reference(os.PathLike[str]):
