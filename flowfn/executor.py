@@ -110,10 +110,10 @@ class Executor(concurrent.futures.Executor):
                 if not future.running():
                     future.cancel()
         pool = self._pool
-        if wait and not (pool is not None and pool.in_callback()):
+        if wait and not (pool is not None and pool.helpers.in_callback()):
             concurrent.futures.wait(futures)
             if pool is not None:
-                pool.wait_until_told()
+                pool.helpers.wait_until_told()
             self._close()
         else:
             left = [future for future in futures if not future.done()]

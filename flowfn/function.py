@@ -347,11 +347,11 @@ def run_future(pool: Pool, call: Call, future: Future[Any]) -> None:
 
     def again() -> None:
         try:
-            pool.run_later(job)
+            pool.helpers.run_later(job)
         except CallCancelled as error:
             future._finish(Outcome(error=error))
 
-    pool.run_later(job)
+    pool.helpers.run_later(job)
 
 
 class Decorator:

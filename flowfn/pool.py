@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from flowfn import threads
 from flowfn.backends import registry
 from flowfn.clock import Timer, clock
+from flowfn.helpers import Helpers
 from flowfn.worker import Worker
 from flowfn_runtime.errors import BackendError, CallCancelled, FlowError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from flowfn.backends.base import Backend
     from flowfn.spec import FunctionSpec
 
 IDLE_TIMEOUT_S = 300.0
 IDLE_TIMEOUT_GPU_S = 60.0  # others may wait for the GPU
+AGAIN_S = 1.0  # until a start that failed is tried again; doubled each time, up to 32 times as long
 RETIRE_WAIT_S = 2.0  # how long an idle worker that makes room for another may take to end
 
 
@@ -79,15 +79,8 @@ class Pool:
         self._starting = 0
         self._tickets: deque[Ticket] = deque()
         self._timer: Timer | None = None
-        self._jobs: deque[Callable[[], Callable[[], object] | None]] = (
-            deque()
-        )  # what the helper threads do, see `run_later`
-        self._jobs_ready = threading.Condition(self._lock)
-        self._helpers = 0
-        self._helpers_idle = 0
-        self._busy = 0
-        self._telling: set[int] = set()  # helper threads that tell of a call's end, callbacks of its future included
-        self._told = threading.Condition(self._lock)
+        self._failed_starts = 0  # since one went well
+        self.helpers = Helpers(self.max_workers)
 
     # lending
 
@@ -179,10 +172,7 @@ class Pool:
         worker.close()
         with self._lock:
             self._alive.discard(worker)
-            try:
-                self._start_some()
-            except BackendError as error:
-                self._fail_those_who_wait(error)
+        self._start_missing()
 
     @property
     def waited_for(self) -> bool:
@@ -284,6 +274,7 @@ class Pool:
         with self._lock:
             self._starting -= 1
             if error is None and worker is not None:
+                self._failed_starts = 0
                 if not self.closed:
                     self._alive.add(worker)
                     if self._tickets:
@@ -298,8 +289,27 @@ class Pool:
                 self._fail_those_who_wait(error)
                 return
             else:
+                self._start_again_later(error)
                 return
         worker.close()
+
+    def _start_again_later(self, error: BaseException) -> None:
+        """A start failed where other workers are: they go on, and it is tried again if calls wait for it then."""
+        if not self._tickets:
+            return
+        clock.later(AGAIN_S * 2 ** min(self._failed_starts, 5), self._start_missing)
+        self._failed_starts += 1
+        if self._failed_starts == 1:
+            import logging
+
+            logging.getLogger("flowfn").warning("a worker could not be started; others go on meanwhile: %s", error)
+
+    def _start_missing(self) -> None:
+        with self._lock:
+            try:
+                self._start_some()
+            except BackendError as error:
+                self._fail_those_who_wait(error)
 
     def _make_idle(self, worker: Worker) -> None:
         worker.idle_since = time.monotonic()
@@ -330,76 +340,12 @@ class Pool:
             busy = self._alive.difference(idle)
             self._alive = set()
             tickets, self._tickets = self._tickets, deque()
-            self._jobs_ready.notify_all()
             if self._timer is not None:
                 self._timer.cancel()
+        self.helpers.close()
         for ticket in tickets:
             ticket.open()
         for worker in idle:
             worker.close()
         for worker in busy:
             worker.shut_down()
-
-    # threads that wait for workers in place of the caller
-
-    def run_later(self, job: Callable[[], Callable[[], object] | None]) -> None:
-        """Run `job` in a helper thread, and then what it returns, which tells of its end.
-
-        There are never more helpers than workers; the rest waits in order.
-        """
-        with self._lock:
-            if self.closed:
-                raise CallCancelled("the pool was shut down")
-            if self._helpers_idle > len(self._jobs):
-                self._jobs.append(job)
-                self._jobs_ready.notify()
-                return
-            if self._helpers < self.max_workers:
-                try:
-                    threads.start(self._help)  # which waits for the lock that is held here
-                    self._helpers += 1
-                except BackendError:
-                    if not self._helpers:
-                        raise
-            self._jobs.append(job)
-
-    @property
-    def unfinished(self) -> int:
-        """How many calls of futures are not done."""
-        return len(self._jobs) + self._busy
-
-    def wait_until_told(self) -> None:
-        """Return when the callbacks of all futures that are done have run."""
-        with self._lock:
-            while self._telling:
-                self._told.wait()
-
-    def in_callback(self) -> bool:
-        """Whether a future's callback asks, which holds up others if it waits."""
-        return threading.get_ident() in self._telling
-
-    def _help(self) -> None:
-        me = threading.get_ident()
-        while True:
-            with self._lock:
-                if me in self._telling:
-                    self._telling.remove(me)
-                    self._told.notify_all()
-                while not self._jobs:
-                    self._helpers_idle += 1
-                    signalled = self._jobs_ready.wait(30)
-                    self._helpers_idle -= 1
-                    if not self._jobs and (self.closed or not signalled):
-                        self._helpers -= 1
-                        return
-                job = self._jobs.popleft()
-                self._busy += 1
-            tell = job()
-            del job  # it holds a call's arguments
-            with self._lock:
-                self._busy -= 1  # before anybody can see that the call is done
-                if tell is not None:
-                    self._telling.add(me)
-            if tell is not None:
-                tell()
-                del tell

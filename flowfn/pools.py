@@ -135,7 +135,7 @@ def shutdown() -> None:
 
 
 def _at_exit() -> None:
-    waiting = sum(pool.unfinished for pool in [*_pools.values(), *_kept])
+    waiting = sum(pool.helpers.unfinished for pool in [*_pools.values(), *_kept])
     if waiting:
         calls = "1 call was" if waiting == 1 else f"{waiting} calls were"
         print(

@@ -22,6 +22,7 @@ from flowfn.backends import stream
 from flowfn.backends.base import Backend, Connection
 from flowfn.bundle import Bundle, bundle
 from flowfn.spec import FunctionSpec
+from flowfn.testing.base import Meeting
 from flowfn_runtime import kept
 
 
@@ -160,6 +161,27 @@ def test_many_workers_that_start_at_once(elsewhere: Callable[..., Elsewhere], mo
     place.mkdir()
     futures = [all_there.spawn(str(place)) for _ in range(4)]
     assert len({future.result(timeout=60) for future in futures}) == 4
+
+
+def test_one_of_several_starts_fails(
+    elsewhere: Callable[..., Elsewhere], meeting: Meeting, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, and tried again: the call that waits for it may be what the others wait for."""
+    backend = elsewhere()
+    fails_once = 'if ! mkdir $HOME/first 2>&- && mkdir $HOME/second 2>&-; then echo full >&2; exit 3; fi; exec "$@"'
+    backend.argv += ["/bin/sh", "-c", fails_once, "sh"]
+    meet = meeting.meet
+
+    def f() -> None:
+        meet().recv(1)
+
+    function = flow.function(backend=backend, max_workers=2)(f)
+    futures = [function.spawn() for _ in range(2)]
+    for one in [meeting.next(), meeting.next()]:
+        one.let_go()
+    assert [future.result(timeout=60) for future in futures] == [None, None]
+    (record,) = (record for record in caplog.records if record.name == "flowfn")
+    assert "ended with status 3" in record.getMessage() and "full" in record.getMessage()
 
 
 def test_an_edit_is_seen(elsewhere: Callable[..., Elsewhere], module: Any) -> None:
