@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 
@@ -37,8 +36,8 @@ def container(results: Results, rounds: int) -> None:
             run = ["podman", *podman.OPTIONS, "run", "-i", "--rm", "--network=host", "--pull=never"]
             run += ["--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096", image, "python3", "-c"]
 
-            def by_hand(program: str, data: bytes | None) -> None:
-                subprocess.run([*run, program], input=data, capture_output=True, check=True)
+            def by_hand(program: str) -> list[str]:
+                return [*run, program]
 
             backend = podman.backend(image=image)
             try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import HERE, PeerMissing, Results, environment, wall_s
+from common import HERE, PeerMissing, Results, wall_s
 from engines_common import MAP_CALLS, PART, WORKERS, Engine, measure
 
 
@@ -44,9 +44,8 @@ def slurm(results: Results, rounds: int) -> None:
         os.chdir(place)
         import flowfn as flow
 
-        def srun(program: str, data: bytes | None) -> None:
-            command = ["srun", "--mpi=none", "--mem=100M", sys.executable, "-c", program]
-            subprocess.run(command, input=data, capture_output=True, check=True, env=environment())
+        def srun(program: str) -> list[str]:
+            return ["srun", "--mpi=none", "--mem=100M", sys.executable, "-c", program]
 
         def submitit(body: str) -> float:
             program = textwrap.dedent(SUBMITIT).format(place=place, workers=WORKERS) + CASES[body]

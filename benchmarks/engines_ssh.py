@@ -38,11 +38,7 @@ def _ssh(results: Results, rounds: int, url: str, config: str, python: str, plac
     shared = ["-o", "ControlMaster=auto", "-o", f"ControlPath={place}/ctl", "-o", "ControlPersist=60"]
 
     def by(options: list[str]) -> By:
-        def run(program: str, data: bytes | None) -> None:
-            argv = ["ssh", "-F", config, *options, url, f"{python} -c {shlex.quote(program)}"]
-            subprocess.run(argv, input=data, capture_output=True, check=True)
-
-        return run
+        return lambda program: ["ssh", "-F", config, *options, url, f"{python} -c {shlex.quote(program)}"]
 
     # A program with one result: the interpreter and the library start here, and a worker there.
     made = f"SshBackend({url!r}, config={config!r}, python={python!r})"
