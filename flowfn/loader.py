@@ -1,8 +1,8 @@
 """The first program on the other side: it gets the runtime there, and runs it.
 
-`program()` is what a backend starts: it looks for Python, says which one it found, takes the runtime from its standard
-input unless it has it, and hands over to `flowfn_runtime.bootstrap`. It has to run on any Python, to say that it is the
-wrong one.
+`program()` is what a backend starts: it looks for Python, hears what is wanted, says which Python it found if anything
+is lacking, takes the runtime from its standard input then, and hands over to `flowfn_runtime.bootstrap`. It has to run
+on any Python, to say that it is the wrong one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ MARK = "flowfn-loader "  # begins each line that the loader says; what a login s
 # Arguments: the loader's own text, the directory of the cache or "".
 _LOADER = r"""
 import os, json
+def line(**words):
+    return ("flowfn-loader " + json.dumps(words) + "\n").encode()
 def say(**words):
-    os.write(1, ("flowfn-loader " + json.dumps(words) + "\n").encode())
+    os.write(1, line(**words))
 def find(name):
     home = os.path.expanduser("~")
     places = os.environ.get("PATH", "").split(":") + [home + "/.local/bin", home + "/.cargo/bin"]
@@ -42,15 +44,15 @@ def main():
     except OSError:
         there = []
     name = getattr(getattr(sys, "implementation", None), "name", "?")
-    say(python=list(sys.version_info[:3]), implementation=name,
-        executable=sys.executable, host=os.uname()[1], uv=find("uv"), runtimes=there)
+    python = list(sys.version_info[:3])
     ask = hear()
-    rest = b""
-    if "then" in ask:  # it was sent before anything was known of this Python
-        rest = take(ask["then"])
-        if ask["python"] != list(sys.version_info[:2]) + [name] or ask["digest"] not in there:
-            rest = b""
-            ask = hear()
+    early = take(ask["then"])  # it was sent before anything was known of this Python
+    lacks = ask["python"] != python[:2] + [name] or ask["digest"] not in there
+    if lacks or not early:  # else all is said together later: the second of two small messages may be held back
+        say(python=python, implementation=name, executable=sys.executable, uv=find("uv"), runtimes=there)
+    if lacks:
+        early = b""
+        ask = hear()
     if ask.get("uv"):
         import subprocess
         def uv(verb, *more):
@@ -91,14 +93,14 @@ def main():
                 raise
     os.utime(place)
     sys.path.insert(0, place)
-    return rest
+    return early
 try:
-    rest = main()
+    heard = main()
 except Exception as error:
     say(error=type(error).__name__ + ": " + str(error))
     sys.exit(70)
 from flowfn_runtime import bootstrap
-bootstrap.main(b'flowfn-loader {"loaded": true}\n', rest)
+bootstrap.main(line(loaded=sys.executable), heard)
 """
 # Nothing from the working directory may stand in for a module of the standard library.
 START = "import sys; sys.path[:] = [p for p in sys.path if p]; exec(sys.argv[1])"

@@ -54,8 +54,6 @@ END_S = 5.0  # how long a container may take to be gone once it was killed
 class ContainerConnection(stream.StreamConnection):
     """One `podman run` or `docker run`, and the container that it stands for."""
 
-    far = False
-
     def __init__(self, argv: Sequence[str], *, engine: Engine, pass_fds: Sequence[int], **options: Any) -> None:
         self.engine = engine
         self.name = f"flowfn-{uuid.uuid4().hex[:12]}"

@@ -21,35 +21,40 @@ EARLY_BYTES = 1 << 14  # sent before anybody reads: less than a pipe holds
 
 def load(
     connection: StreamConnection, launch: Launch | None = None, *, elsewhere: Callable[[], bool] | None = None
-) -> None:
-    """The loader's part: which Python it found, and the runtime if it lacks it. Sends what is wanted of it at once.
+) -> bool:
+    """The loader's part: the runtime, if it is lacking there. Sends what is wanted of it at once.
 
     `elsewhere` waits until the runtime was brought to that host over another connection; False: it was not.
+    Returns whether the runtime has spoken already; if not, see `loaded`.
     """
     from flowfn.bundle import bundle
 
     stream = connection.stream
     runtime = bundle()  # read while the program starts
     wanted = b"" if launch is None else launch.frame()
-    early = connection.far and len(wanted) <= EARLY_BYTES
-    if early:  # where nothing is lacking there, that was all
-        _say(stream.write_fd, {"digest": runtime.digest, "size": 0, "python": _python(), "then": len(wanted)}, wanted)
+    early = wanted if len(wanted) <= EARLY_BYTES else b""
+    python = [*sys.version_info[:2], sys.implementation.name]
+    ask = {"digest": runtime.digest, "size": 0, "python": python, "then": 0}
+    # Where nothing is lacking, that is all: a round trip costs.
+    _say(stream.write_fd, {**ask, "then": len(early)}, early)
     lines = Lines(stream.read_fd)
     there = lines.next()
-    choice = _choose(there, connection.label)
-    has = runtime.digest in there["runtimes"]
-    if choice is not None:
-        _say(stream.write_fd, choice)
-        there = _other(there, lines.next(), connection.label)
-        has = runtime.digest in there["runtimes"]
-    elif early and has:
-        connection.python = there["executable"]
+    if executable := there.get("loaded"):
+        connection.python = executable
         stream._rest = lines.rest
-        return
+        return True
+    if (choice := _choose(there, connection.label)) is not None:
+        _say(stream.write_fd, choice)
+        _say(stream.write_fd, ask)
+        there = _other(there, lines.next(), connection.label)
     connection.python = there["executable"]
-    has = has or (elsewhere is not None and elsewhere())
+    if runtime.digest in there["runtimes"]:  # it waits for what is wanted, which is still to come
+        _write(stream.write_fd, wanted)
+        return False
+    has = elsewhere is not None and elsewhere()
     packed = b"" if has else runtime.pack()
     _say(stream.write_fd, {"digest": runtime.digest, "size": len(packed), "sha256": _sha256(packed)}, packed + wanted)
+    return False
 
 
 def loaded(connection: StreamConnection) -> None:
@@ -57,10 +62,6 @@ def loaded(connection: StreamConnection) -> None:
     lines = Lines(connection.stream.read_fd, connection.stream._rest)
     lines.next()
     connection.stream._rest = lines.rest
-
-
-def _python() -> list[Any]:
-    return [*sys.version_info[:2], sys.implementation.name]
 
 
 def _sha256(data: bytes) -> str:
@@ -138,7 +139,11 @@ class Lines:
 
 
 def _say(fd: int, words: dict[str, Any], more: bytes = b"") -> None:
-    view = memoryview(json.dumps(words).encode() + b"\n" + more)
+    _write(fd, json.dumps(words).encode() + b"\n" + more)
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
     try:
         while view:
             view = view[os.write(fd, view) :]

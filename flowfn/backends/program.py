@@ -32,8 +32,6 @@ class StreamConnection(Connection):
     to kill this program overrides `end_remote`.
     """
 
-    far = True  # a round trip costs: what is known to be wanted is said before the other side has spoken
-
     def __init__(
         self,
         argv: Sequence[str],

@@ -78,9 +78,8 @@ def start(
             if early:
                 early.ready()
                 launch.send(connection.stream)
-            else:
-                loading.load(connection, launch)
-            loading.loaded(connection)
+            if early or not loading.load(connection, launch):
+                loading.loaded(connection)
             prepare(connection, launch)
             return connection
         except EOFError:

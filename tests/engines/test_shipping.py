@@ -100,15 +100,16 @@ def test_where_the_runtime_is_kept_nothing_is_waited_for(elsewhere: Callable[...
     ask = {"digest": bundle().digest, "size": 0, "python": [*sys.version_info[:2], sys.implementation.name]}
     setup = shipping.Launch({"keep": 60.0}).frame()
     said = json.dumps({**ask, "then": len(setup)}).encode() + b"\n" + setup
-    assert is_ready(backend, said)
+    # It answers once, when all is done.
+    assert is_ready(backend, said).startswith(loader.MARK.encode() + b'{"loaded": ')
     # Another runtime is lacking: what was said for it is passed over, and then it is waited for.
     said = json.dumps({**ask, "digest": "d", "then": len(setup)}).encode() + b"\n" + setup
     more = json.dumps({"digest": bundle().digest, "size": 0}).encode() + b"\n" + setup
-    assert is_ready(backend, said + more)
+    assert is_ready(backend, said + more).startswith(loader.MARK.encode() + b'{"python": ')
 
 
-def is_ready(backend: Elsewhere, said: bytes) -> bool:
-    """Whether a worker's program that is told this gets ready."""
+def is_ready(backend: Elsewhere, said: bytes) -> bytes:
+    """What a worker's program says that is told this, until it is ready."""
     argv = [*backend.argv, *loader.program(sys.executable)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdin and process.stdout
@@ -117,7 +118,8 @@ def is_ready(backend: Elsewhere, said: bytes) -> bool:
         while b'"ready": true' not in answered and (more := process.stdout.read(1 << 16)):
             answered += more
         process.stdin.close()
-    return b'"ready": true' in answered
+    assert b'"ready": true' in answered
+    return answered
 
 
 def test_the_bundle_is_named_by_content() -> None:
@@ -133,6 +135,9 @@ def test_a_runtime_that_arrives_damaged_is_refused(tmp_path: Path) -> None:
         loader.program(sys.executable), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
     ) as process:
         assert process.stdin and process.stdout
+        ask = {"digest": "d", "python": [], "then": 0}
+        process.stdin.write(json.dumps(ask).encode() + b"\n")
+        process.stdin.flush()
         assert process.stdout.readline().startswith(loader.MARK.encode())
         ask = {"digest": "d", "size": 3, "sha256": "0" * 64}
         process.stdin.write(json.dumps(ask).encode() + b"\nabc")
