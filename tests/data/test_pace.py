@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flowfn_runtime.data.pace import MOST_THREADS, Pace
+from flowfn_runtime.data.pace import MOST_SMALL_THREADS, Pace
 
 
 def threads_after(seconds: float, speed: Callable[[int], float], busy: Callable[[int], float], mean: float) -> int:
@@ -25,7 +25,7 @@ def threads_after(seconds: float, speed: Callable[[int], float], busy: Callable[
 
 @pytest.mark.parametrize("latency_s", [0.02, 0.1, 0.3])
 def test_a_server_far_away_gets_many_threads(latency_s: float) -> None:
-    assert threads_after(5, lambda n: n / latency_s, lambda n: n * 0.005, 10_000) == MOST_THREADS
+    assert threads_after(5, lambda n: n / latency_s, lambda n: n * 0.005, 10_000) == MOST_SMALL_THREADS
 
 
 def test_a_busy_interpreter_gets_no_more() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import hmac
 import http.server
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from s3 import S3, Fault, Request, xml
 
 from flowfn.cli import main
@@ -23,6 +27,7 @@ from flowfn_runtime.data.endpoint import Endpoint
 from flowfn_runtime.data.fsspec_source import FsspecSource
 from flowfn_runtime.data.http1 import BUFFER_BYTES, Pool
 from flowfn_runtime.data.model import Progress
+from flowfn_runtime.data.s3 import Signer
 from flowfn_runtime.data.sources import S3Source, open_source
 from flowfn_runtime.data.transfer import PART_BYTES, WHOLE_BYTES
 from flowfn_runtime.data.upload import upload
@@ -301,6 +306,46 @@ def test_a_sink_may_keep_what_it_gets(web: str, path: str, every: int) -> None:
         length = pool.request("GET", f"GET /{path} HTTP/1.1\r\nHost: here\r\n\r\n".encode()).pour(sink)
         assert length == len(Handler.content) and b"".join(pieces) == Handler.content
     pool.close()
+
+
+def test_several_requests_are_under_way_before_an_answer_is_taken(web: str) -> None:
+    pool = Pool(Endpoint("http", "127.0.0.1", int(web.rpartition(":")[2])))
+    for _ in range(2):  # the second time on connections that are kept
+        asked = [
+            pool.ask("GET", f"GET /{path} HTTP/1.1\r\nHost: here\r\n\r\n".encode())
+            for path in ("plain", "nothing", "chunked", "until-close", "plain")
+        ]
+        asked[0].drop()
+        answers = [request.answer() for request in asked[1:]]
+        assert [answer.status for answer in answers] == [404, 200, 200, 200]
+        assert [answer.read() == Handler.content for answer in answers] == [False, True, True, True]
+    pool.close()
+
+
+def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        accepted = []
+
+        def serve() -> None:
+            for _ in range(3):
+                connection, _ = server.accept()
+                with connection:
+                    accepted.append(connection.recv(1000))
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        pool = Pool(Endpoint("http", "127.0.0.1", server.getsockname()[1]))
+        for _ in range(3):
+            assert pool.request("GET", b"GET / HTTP/1.1\r\nhost: here\r\n\r\n").read() == b"ok"
+        thread.join()
+        assert len(accepted) == 3
+        pool.close()
+
+
+@given(st.binary(max_size=64), st.binary(max_size=300))
+def test_signatures_are_hmac_sha256(key: bytes, text: bytes) -> None:
+    assert Signer(key).digest(text) == hmac.digest(key, text, "sha256")
 
 
 def test_http_errors(web: str) -> None:

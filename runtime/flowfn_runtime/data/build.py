@@ -54,24 +54,23 @@ class Build:
         self.room.sweep()
         self.lease_fd = self._own_folder()
         os.mkdir(self.tree)
-        os.mkdir(self.depot.arrivals)
         for name in self.plan.directories:
             os.mkdir(os.path.join(self.tree, name))
         for name in self.mount_points:
             os.makedirs(os.path.join(self.tree, name), exist_ok=True)
-        missing: dict[str, ObjectJob] = {}  # by path
+        shards = set(os.listdir(os.path.join(self.root, "objects")))
+        missing: list[ObjectJob] = []
         for (path, object), name in zip(self.plan.files, self.names, strict=True):
-            job = ObjectJob(self.depot, object, name)
-            if not job.place(f"{self.tree}/{path}"):
-                missing[path] = job
-        self.missing_bytes = sum(job.object.size or 0 for job in missing.values())
+            job = ObjectJob(self.depot, object, name, f"{self.tree}/{path}")
+            if name[:2] not in shards or not job.place():
+                missing.append(job)
+        self.missing_bytes = sum(job.object.size or 0 for job in missing)
         count = 0
         if missing:
-            for shard in {job.name[:2] for job in missing.values()}:
+            for shard in {job.name[:2] for job in missing} - shards:
                 os.makedirs(os.path.join(self.root, "objects", shard), mode=0o700, exist_ok=True)
             self.room.require(redact(self.listing.url), self.missing_bytes)
             count = self._fetch(missing)
-        shutil.rmtree(self.depot.arrivals)
         return self._finish(digest, count)
 
     def _own_folder(self) -> int:
@@ -85,18 +84,18 @@ class Build:
             if fd is not None:
                 return fd
 
-    def _fetch(self, missing: dict[str, ObjectJob]) -> int:
+    def _fetch(self, missing: list[ObjectJob]) -> int:
         count = 0
         while missing:
             depot = self.depot
             depot.deferred = []
-            self.fetched += [job.name for job in missing.values()]
-            count += crew.fetch(depot, self.source, list(missing.values()), progress=self.progress)
+            self.fetched += [job.name for job in missing]
+            count += crew.fetch(depot, self.source, missing, progress=self.progress)
             # Other processes are fetching these: wait for each, then take what they made (or make it, if they failed).
             for job in depot.deferred:
                 depot.locks.wait(job.name)
                 depot.locks.release(job.name)
-            missing = {path: job for path, job in missing.items() if not job.place(f"{self.tree}/{path}")}
+            missing = [job for job in missing if not job.place()]
         return count
 
     def _finish(self, digest: str, fetched: int) -> Snapshot:

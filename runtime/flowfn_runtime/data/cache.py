@@ -106,7 +106,7 @@ class Cache:
         if snapshot := self._lease(digest, listing):
             return snapshot
         folder = os.path.join(self.root, "building", os.urandom(12).hex())
-        depot = Depot(self.root, os.path.join(folder, "arrivals"), listing.url)
+        depot = Depot(self.root, listing.url)
         try:
             # Whoever else wants this very snapshot waits here, and then finds it.
             depot.locks.wait(digest)

@@ -1,7 +1,6 @@
 """Fetch with several processes where one interpreter is the limit: thousands of small objects.
 
-Run as a program, this module is one of them: it reads its share of the work from stdin, does it as the parent would,
-and reports on stdout. It ends when stdin does, so nothing outlives a parent that was killed.
+Each of the others is a `member`, which is told its share of the work through its stdin and reports on its stdout.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ import pickle
 import sys
 import threading
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 from flowfn_runtime import limits
 from flowfn_runtime.data import transfer
 from flowfn_runtime.data.depot import Depot, ObjectJob
-from flowfn_runtime.data.model import Object, Progress
-from flowfn_runtime.data.sources import Source, open_source
+from flowfn_runtime.data.model import Progress
+from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.data.tally import Tell
 
 # Starting a process takes as much processor time as fetching a hundred small objects: it has to be worth it. Measured:
-# 2,000 of 100 KiB take one process twice as long as four.
-_OBJECTS_A_PROCESS = 500
-_MOST_PROCESSES = 4
+# 2,000 of 100 KiB take two processes half as long as one, and three or four no less.
+_OBJECTS_A_PROCESS = 1000
+_MOST_PROCESSES = 3
+_HEAD_START = 150  # objects that are done by the time that the others have started
 _SMALL_BYTES = 1 << 20
 
 
@@ -52,25 +52,21 @@ class _Crew:
     def run(self, count: int) -> int:
         import subprocess
 
-        runtime = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([runtime, os.environ.get("PYTHONPATH", "")])}
+        shares = _shares(self.jobs, count)
         members: list[tuple[Any, threading.Thread]] = []
         try:
             for index in range(1, count):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", __name__],
+                    [sys.executable, "-S", "-c", _program()],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    env=environment,
                     start_new_session=True,  # Ctrl-C is the parent's to handle
                 )
-                thread = threading.Thread(target=self._lead, args=(process, index, count), daemon=True)
+                thread = threading.Thread(target=self._lead, args=(process, index, shares[index]), daemon=True)
                 members.append((process, thread))
                 thread.start()
             # This process is one of them, and busy while the others start.
-            own = transfer.fetch(
-                self.source, self.jobs[::count], progress=self.progress and (lambda seen: self._seen(0, seen))
-            )
+            own = transfer.fetch(self.source, shares[0], progress=self.progress and (lambda seen: self._seen(0, seen)))
             for _, thread in members:
                 thread.join()
         except BaseException:
@@ -94,11 +90,11 @@ class _Crew:
         for process, _ in members:
             process.kill()
 
-    def _lead(self, process: Any, index: int, count: int) -> None:
+    def _lead(self, process: Any, index: int, share: Sequence[ObjectJob]) -> None:
         """Hand a member its share, and take down what it reports."""
-        share = self.jobs[index::count]
         try:
-            work = (self.depot.root, self.depot.arrivals, self.source.recipe, [(job.object, job.name) for job in share])
+            jobs = [(tuple(job.object), job.name, job.path) for job in share]
+            work = (self.depot.root, self.source.recipe, jobs)
             pickle.dump(work, process.stdin, protocol=5)
             process.stdin.flush()
             while True:
@@ -110,8 +106,8 @@ class _Crew:
                 else:
                     break
             fetched, arrived, deferred = value
-            for job, path in zip(share, arrived, strict=True):
-                job.arrived = path
+            for job, there in zip(share, arrived, strict=True):
+                job.arrived = there
             with self.lock:
                 self.fetched += fetched
                 self.depot.deferred.extend(share[number] for number in deferred)
@@ -138,35 +134,15 @@ class _Crew:
             )
 
 
-def _member(stdin: IO[bytes], stdout: IO[bytes]) -> None:
-    """One process of a crew."""
-    root, arrivals, recipe, share = pickle.load(stdin)
-    threading.Thread(target=_end_with_parent, args=(stdin,), daemon=True).start()
-    source = open_source(*recipe)
-    depot = Depot(root, arrivals, source.url)
-    jobs = [ObjectJob(depot, Object(*object), name) for object, name in share]
-    numbers = {id(job): number for number, job in enumerate(jobs)}
-
-    def tell(kind: str, value: object) -> None:
-        pickle.dump((kind, value), stdout, protocol=5)
-        stdout.flush()
-
-    try:
-        fetched = transfer.fetch(
-            source, jobs, progress=lambda progress: tell("progress", (progress.done_bytes, progress.done_objects))
-        )
-        deferred = [numbers[id(job)] for job in depot.deferred]
-        tell("done", (fetched, [job.arrived for job in jobs], deferred))
-    except BaseException as error:
-        tell("failed", error)
+def _shares(jobs: Sequence[ObjectJob], count: int) -> list[Sequence[ObjectJob]]:
+    """What each process does. The first, this one, need not be started: it has so much more."""
+    ahead = _HEAD_START
+    return [[*jobs[:ahead], *jobs[ahead::count]], *(jobs[ahead + index :: count] for index in range(1, count))]
 
 
-def _end_with_parent(stdin: IO[bytes]) -> None:
-    stdin.read()
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    _member(sys.stdin.buffer, sys.stdout.buffer)
-    # Not by way of the interpreter's end, which would wait for the thread that reads stdin.
-    os._exit(0)
+def _program() -> str:
+    """A member's program. Without `site`, which takes a good part of an interpreter's start, it has to be told where
+    modules are."""
+    runtime = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = [runtime, *(folder for folder in sys.path if isinstance(folder, str))]
+    return f"import sys; sys.path = {path!r}; from flowfn_runtime.data.member import main; main()"

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from flowfn_runtime.data.endpoint import WireError
+from flowfn_runtime.data.http1 import Asked
 from flowfn_runtime.data.model import Listing, Object
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.spec import redact, scheme_of
@@ -107,8 +108,16 @@ class FsspecSource:
             modified=info.modified.timestamp() if info.modified else None,
         )
 
+    def ask(self, object: Object) -> Asked | None:
+        return None  # fsspec's filesystems have no such halves
+
     def fetch(
-        self, object: Object, first: int, last: int | None, sink: Callable[[memoryview], Any]
+        self,
+        object: Object,
+        first: int,
+        last: int | None,
+        sink: Callable[[memoryview], Any],
+        asked: Asked | None = None,
     ) -> Mapping[str, str]:
         end = object.size if last is None else last + 1
         try:

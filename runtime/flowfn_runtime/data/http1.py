@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import sys
 from collections import deque
@@ -18,15 +19,15 @@ from weakref import WeakSet
 from flowfn_runtime.data.endpoint import SILENCE_TIMEOUT_S, Body, Endpoint, FileSlice, Unreachable, WireError
 
 BUFFER_BYTES = 1 << 20
+_SMALL_BUFFER_BYTES = 128 << 10
 _MAX_HEAD_BYTES = 64 << 10
+_HEADER = re.compile(r"\n([^:\r\n]+):[ \t]*([^\r\n]*)")
 # Bodies up to this size travel in the packets of their head.
 _JOINED_BYTES = 16 << 10
 
 
 def _linux() -> tuple[int, ...]:
     """The version of the Linux kernel; () elsewhere."""
-    import re
-
     return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) if sys.platform == "linux" else ()
 
 
@@ -47,13 +48,18 @@ class Pool:
         self._all: WeakSet[Connection] = WeakSet()
 
     def request(self, method: str, head: bytes, body: Body = None) -> Response:
+        """Send a request, and wait for the answer."""
+        return self.ask(method, head, body).answer()
+
+    def ask(self, method: str, head: bytes, body: Body = None) -> Asked:
         """Send a request on an idle connection, or a new one. It is idle again when the answer's body is taken."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = Connection(self.endpoint, self._idle.append)
             self._all.add(connection)
-        return connection.request(method, head, body)
+        connection.ask(method, head, body)
+        return Asked(connection)
 
     def interrupt(self) -> None:
         """Break the connections, those in use too: who waits for an answer gets a `WireError` at once."""
@@ -67,6 +73,24 @@ class Pool:
                 self._idle.pop().close()
             except IndexError:
                 return
+
+
+class Asked:
+    """A request that has been sent. Somebody has to take its answer, or `drop` it."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def answer(self) -> Response:
+        """Wait for the answer's head. Raises `WireError`."""
+        return self._connection.answer()
+
+    def drop(self) -> None:
+        """Nobody wants the answer."""
+        self._connection.close()
+        self._connection.released()
 
 
 class Response:
@@ -121,10 +145,13 @@ class Connection:
         self.endpoint = endpoint
         self._idle = idle
         self._socket: socket.socket | None = None
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        # Enough for heads and small bodies: memory has to be cleared, and there may be many connections.
+        self._buffer = memoryview(bytearray(_SMALL_BUFFER_BYTES))
         # What has been received and not yet consumed: self._buffer[self._start:self._end].
         self._start = self._end = 0
         self._wakes_at = 1
+        self._asked: tuple[str, bytes, Body] = ("", b"", None)
+        self._fresh = True  # whether nothing was received on this connection before
 
     def close(self) -> None:
         if self._socket is not None:
@@ -149,32 +176,49 @@ class Connection:
         """The last answer is done with."""
         self._idle(self)
 
-    def request(self, method: str, head: bytes, body: Body = None) -> Response:
-        """Send a request (`head` ends with the empty line) and read the answer's head.
+    def ask(self, method: str, head: bytes, body: Body = None) -> None:
+        """Send a request (`head` ends with the empty line), whose `answer` is to be taken next. Raises `WireError`."""
+        self._asked = method, head, body
+        self._fresh = self._socket is None
+        try:
+            self._send(head, body)
+        except (WireError, OSError, ValueError) as error:
+            self._ask_again(error)
 
-        A kept connection that turns out to be closed by the server is replaced once, unseen. Raises `WireError`.
-        """
-        fresh = self._socket is None
+    def answer(self) -> Response:
+        """Wait for the head of the answer to what was asked. Raises `WireError`."""
         while True:
             try:
-                if self._socket is None:
-                    self._socket = self.endpoint.connect()
-                    self._start = self._end = 0
-                    self._wakes_at = 1
-                if isinstance(body, FileSlice):
-                    self._socket.sendall(head)
-                    body.send(self._socket, plain=self.endpoint.scheme == "http")
-                elif body is not None and len(body) > _JOINED_BYTES:
-                    self._send_both(head, body)
-                else:
-                    self._socket.sendall(head + bytes(body or b""))
-                return self._read_head(method)
+                return self._read_head(self._asked[0])
             except (WireError, OSError, ValueError) as error:
-                nothing_came = self._end == 0
-                self.close()
-                if fresh or not nothing_came or isinstance(error, Unreachable):
-                    raise _wire_error(error, self.endpoint) from error
-                fresh = True
+                self._ask_again(error)
+
+    def _ask_again(self, error: Exception) -> None:
+        """Replace, once and unseen, a kept connection that turned out to be closed by the server. Else raise."""
+        while True:
+            nothing_came = self._end == 0
+            self.close()
+            if self._fresh or not nothing_came or isinstance(error, Unreachable):
+                raise _wire_error(error, self.endpoint) from error
+            self._fresh = True
+            try:
+                self._send(*self._asked[1:])
+                return
+            except (WireError, OSError, ValueError) as next_error:
+                error = next_error
+
+    def _send(self, head: bytes, body: Body) -> None:
+        if self._socket is None:
+            self._socket = self.endpoint.connect()
+            self._start = self._end = 0
+            self._wakes_at = 1
+        if isinstance(body, FileSlice):
+            self._socket.sendall(head)
+            body.send(self._socket, plain=self.endpoint.scheme == "http")
+        elif body is not None and len(body) > _JOINED_BYTES:
+            self._send_both(head, body)
+        else:
+            self._socket.sendall(head + bytes(body or b""))
 
     def _send_both(self, head: bytes, body: memoryview | bytes) -> None:
         """Send a head and what follows it: in one call, where the socket takes it."""
@@ -192,7 +236,7 @@ class Connection:
         buffer, end = self._buffer.obj, self._end
         assert isinstance(buffer, bytearray)
         if self._start:
-            self._buffer[: end - self._start] = bytes(self._buffer[self._start : end])
+            self._buffer[: end - self._start] = self._buffer[self._start : end]
             self._start, self._end = 0, end - self._start
         while True:
             stop = buffer.find(b"\r\n\r\n", 0, self._end)
@@ -201,15 +245,12 @@ class Connection:
             if self._end > _MAX_HEAD_BYTES:
                 raise WireError("the answer's head has no end")
             self._receive_more()
-        lines = bytes(self._buffer[:stop]).decode("latin-1").split("\r\n")
+        text = bytes(self._buffer[:stop]).decode("latin-1")
         self._start = stop + 4
-        version, _, rest = lines[0].partition(" ")
+        version, _, rest = text.partition(" ")
         if not version.startswith("HTTP/1."):
-            raise WireError(f"not HTTP: {lines[0][:40]!r}")
-        headers: dict[str, str] = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            headers[name.lower()] = value.strip()
+            raise WireError(f"not HTTP: {text[:40]!r}")
+        headers = {name.lower(): value.rstrip() for name, value in _HEADER.findall(text)}
         status = int(rest[:3])
         if status == 100:
             return self._read_head(method)
@@ -252,7 +293,16 @@ class Connection:
             self._give(start + length, sink)
             return length
         # What came with the head and what follows in one piece: each is a write, and a turn at the interpreter.
-        self._buffer[:held] = bytes(self._buffer[start : self._end])
+        if length is not None and start + length <= len(self._buffer):
+            if self._fill(self._end, start + length, 0) < start + length:
+                raise WireError(f"the body ended before its {length:,} bytes were there")
+            self._end = start + length
+            self._give(self._end, sink)
+            return length
+        received = self._buffer[start : self._end]
+        if len(self._buffer) < BUFFER_BYTES:
+            self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._buffer[:held] = received
         self._start = self._end = 0
         done = 0
         while length is None or done < length:

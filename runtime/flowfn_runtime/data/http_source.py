@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from flowfn_runtime.data.answer import check_head
 from flowfn_runtime.data.endpoint import Endpoint
-from flowfn_runtime.data.http1 import Pool, Response
+from flowfn_runtime.data.http1 import Asked, Pool, Response
 from flowfn_runtime.data.model import Listing, Object, parse_time
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import Busy
@@ -118,7 +118,12 @@ class HttpSource:
         name = unquote(posixpath.basename(urlsplit(self.url).path.rstrip("/"))) or "index"
         return Listing(self.url, "", True, (found._replace(key=name),))
 
-    def fetch(self, object: Object, first: int, last: int | None, sink: Sink) -> Mapping[str, str]:
+    def ask(self, object: Object) -> Asked | None:
+        return None  # there is but one object
+
+    def fetch(
+        self, object: Object, first: int, last: int | None, sink: Sink, asked: Asked | None = None
+    ) -> Mapping[str, str]:
         whole = first == 0 and (last is None or object.size is None or last >= object.size - 1)
         headers = {} if whole else {"range": f"bytes={first}-{'' if last is None else last}"}
         if object.etag and not object.etag.startswith("W/"):

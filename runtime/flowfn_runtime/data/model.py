@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import calendar
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, NamedTuple
 
 
@@ -28,9 +28,7 @@ class Object(NamedTuple):
     def md5(self) -> str | None:
         """The content's MD5 in hex if the ETag has the form of one (that of a multipart upload has not)."""
         etag = self.etag
-        if etag is not None and len(etag) == 32 and all(letter in "0123456789abcdef" for letter in etag):
-            return etag
-        return None
+        return etag if etag is not None and len(etag) == 32 and not etag.strip("0123456789abcdef") else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,17 +72,9 @@ def parse_time(text: str | None) -> float | None:
         return None
     try:
         if text[4:5] == "-":
+            # Python 3.10 takes neither a Z nor any number of digits after the point.
             fraction = text[19:].rstrip("Z")
-            whole = calendar.timegm(
-                (
-                    int(text[0:4]),
-                    int(text[5:7]),
-                    int(text[8:10]),
-                    int(text[11:13]),
-                    int(text[14:16]),
-                    int(text[17:19]),
-                )
-            )
+            whole = datetime.fromisoformat(text[:19] + "+00:00").timestamp()
             return whole + (float("0" + fraction) if fraction.startswith(".") else 0.0)
         from email.utils import parsedate_to_datetime
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MOST_THREADS = 64
+MOST_SMALL_THREADS = 32  # each of which has several requests under way
 _SMALL_BYTES = 1 << 20
 _LOOK_EVERY_S = 0.02
 # How much faster it has to get when the number of threads doubles, and how long to leave it alone if it does not.
@@ -21,6 +22,7 @@ class Pace:
     def __init__(self, mean_bytes: float, *, now: float, used: float) -> None:
         small = mean_bytes < _SMALL_BYTES
         self.first = 1 if small else 4
+        self._most = MOST_SMALL_THREADS if small else MOST_THREADS
         # The part of a processor that may be busy while we still count as waiting for the network.
         self._idle_below = 0.6 if small else 1.0
         self._then, self._used, self._done = now, used, 0
@@ -49,4 +51,4 @@ class Pace:
         if not idle or now < self._hold_until:
             return 0
         self._before, self._grown = rate, True
-        return max(0, min(threads, MOST_THREADS - threads, queued))
+        return max(0, min(threads, self._most - threads, queued))

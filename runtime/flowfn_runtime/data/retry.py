@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -66,6 +65,8 @@ class Patience:
                         if isinstance(error, Unreachable)
                         else "Try again later; FLOW_DATA_PATIENCE (seconds) makes us more patient.",
                     ) from error
+                import random  # not before it is needed: it takes as long as half of this package
+
                 # A random part keeps many clients from coming back at the same moment.
                 if self.stopped.wait(delay * random.uniform(0.5, 1.0)):
                     raise CallCancelled("The transfer was stopped.") from None

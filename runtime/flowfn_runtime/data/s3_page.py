@@ -12,7 +12,13 @@ from urllib.parse import unquote_plus
 from flowfn_runtime.data.model import Object, parse_time
 
 _PREFIXES = re.compile(r"<CommonPrefixes>(.*?)</CommonPrefixes>", re.DOTALL)
-_ENTRY = re.compile(r"<Contents>(.*?)</Contents>", re.DOTALL)
+# An entry, and what most servers begin it with.
+_ENTRY = re.compile(
+    r"<Contents>(\s*(?:<Key>([^<]*)</Key>\s*<LastModified>([^<]*)</LastModified>\s*"
+    r"<ETag>(?:&quot;|&#34;|\")?([^<&\"]*)(?:&quot;|&#34;|\")?</ETag>\s*(?:<Checksum\w+>[^<]*</Checksum\w+>\s*)*"
+    r"<Size>(\d+)</Size>)?.*?)</Contents>",
+    re.DOTALL,
+)
 
 
 class Page:
@@ -26,15 +32,13 @@ class Page:
     @cached_property
     def objects(self) -> list[Object]:
         decode = self._decode
-        return [
-            Object(
-                key=decode(tag(entry, "Key")),
-                size=int(tag(entry, "Size") or 0),
-                etag=tag(entry, "ETag").strip('"') or None,
-                modified=parse_time(tag(entry, "LastModified")),
-            )
-            for entry in (match.group(1) for match in _ENTRY.finditer(self._text))
-        ]
+        found = []
+        for entry, key, modified, etag, size in _ENTRY.findall(self._text):
+            if not key or "&" in key:  # in another order, or with what only `tag` understands
+                key, size, etag = tag(entry, "Key"), tag(entry, "Size") or 0, tag(entry, "ETag")
+                modified = tag(entry, "LastModified")
+            found.append(Object(decode(key), int(size), etag.strip('"') or None, None, parse_time(modified)))
+        return found
 
     @cached_property
     def token(self) -> str | None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from flowfn_runtime.data.answer import check_head
 from flowfn_runtime.data.credentials import environment, s3_settings
+from flowfn_runtime.data.http1 import Asked
 from flowfn_runtime.data.model import Listing, Object
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import PAGE_KEYS, S3
@@ -41,8 +42,16 @@ class Source(Protocol):
     def stat(self) -> Object:
         """The one object at the URL."""
 
-    def fetch(self, object: Object, first: int, last: int | None, sink: Sink) -> Mapping[str, str]:
-        """Pour the bytes `first` to `last` (inclusive; None: to the end) of that version into `sink`; the headers."""
+    def ask(self, object: Object) -> Asked | None:
+        """Send the request for a whole object; `fetch` takes the answer. None where that can't be done."""
+
+    def fetch(
+        self, object: Object, first: int, last: int | None, sink: Sink, asked: Asked | None = None
+    ) -> Mapping[str, str]:
+        """Pour the bytes `first` to `last` (inclusive; None: to the end) of that version into `sink`; the headers.
+
+        `asked`: what `ask` gave, for all of it.
+        """
 
     def object_url(self, key: str) -> str:
         """The URL of an object."""
@@ -111,10 +120,15 @@ class S3Source:
     def interrupt(self) -> None:
         self.client.interrupt()
 
-    def fetch(self, object: Object, first: int, last: int | None, sink: Sink) -> Mapping[str, str]:
+    def ask(self, object: Object) -> Asked | None:
+        return self.client.ask(object.key, etag=object.etag)
+
+    def fetch(
+        self, object: Object, first: int, last: int | None, sink: Sink, asked: Asked | None = None
+    ) -> Mapping[str, str]:
         whole = first == 0 and (last is None or object.size is None or last >= object.size - 1)
         response = self.client.get(
-            object.key, first=None if whole else first, last=None if whole else last, etag=object.etag
+            object.key, first=None if whole else first, last=None if whole else last, etag=object.etag, asked=asked
         )
         check_head(response, object, first, last, self.object_url(object.key))
         response.pour(sink)

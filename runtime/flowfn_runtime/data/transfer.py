@@ -17,6 +17,7 @@ from typing import Protocol
 
 from flowfn_runtime.data.digest import Digest, Spares
 from flowfn_runtime.data.endpoint import WireError
+from flowfn_runtime.data.http1 import Asked
 from flowfn_runtime.data.model import Object
 from flowfn_runtime.data.pace import Pace
 from flowfn_runtime.data.retry import Patience
@@ -28,6 +29,10 @@ from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
 PART_BYTES = 16 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
 WHOLE_BYTES = 16 << 20
+# How many objects up to this size a thread asks for before it takes the first of them: while it is busy with one, the
+# server is with the next. (More threads would do the same, and wait for each other.)
+_AHEAD = 4
+_AHEAD_BYTES = 1 << 20
 # Pieces of memory for what has arrived and is not hashed yet.
 _SPARES = 64
 
@@ -78,7 +83,9 @@ class _Fetch:
         self.parts: deque[tuple[_Parts, int]] = deque()
         self.open_parts: set[_Parts] = set()
         self.spares = Spares(_SPARES)
-        self.lock = threading.Condition()
+        lock = threading.RLock()
+        self.lock = threading.Condition(lock)  # threads without work wait for some
+        self.ended = threading.Condition(lock)  # the caller waits for the last thread
         self.running = 0
         self.beginning = 0  # jobs whose parts may still come into `parts`
         self.failure: BaseException | None = None
@@ -98,16 +105,16 @@ class _Fetch:
             return 0
         try:
             self._start(min(self.pace.first, max(len(self.waiting), self._most_parts())))
-            with self.lock:
+            with self.ended:
                 while self.running:
-                    self.lock.wait()
+                    self.ended.wait()
         except BaseException:
             # Ctrl-C: no thread may write to a file after this.
             self._stop(CallCancelled("The transfer was stopped."))
-            with self.lock:
+            with self.ended:
                 while self.running:
                     self.source.interrupt()  # and again, since one may just have been connecting
-                    self.lock.wait(0.1)
+                    self.ended.wait(0.1)
             raise
         finally:
             for parts in self.open_parts:
@@ -150,9 +157,12 @@ class _Fetch:
             parts.close()
 
     def _work(self) -> None:
+        ahead: deque[tuple[Job, int, Asked | None]] = deque()  # what was asked for and has not been taken
         try:
             while self.failure is None:
-                if self.parts:
+                if ahead and (len(ahead) == _AHEAD or self.parts or not self.waiting):
+                    self._take(*ahead.popleft())
+                elif self.parts:
                     try:
                         parts, index = self.parts.popleft()
                     except IndexError:
@@ -161,6 +171,8 @@ class _Fetch:
                 else:
                     with self.lock:
                         if not self.waiting:
+                            if ahead:
+                                continue
                             if not self.beginning and not self.parts:
                                 return
                             if not self.parts:
@@ -168,14 +180,22 @@ class _Fetch:
                             continue
                         job = self.waiting.popleft()
                         self.beginning += 1
-                    self._job(job)
+                    self._job(job, ahead)
                 self._more_threads()
         except BaseException as error:
             self._stop(error)
         finally:
-            with self.lock:
-                self.running -= 1
-                self.lock.notify_all()
+            try:
+                for job, fd, asked in ahead:
+                    if asked:
+                        asked.drop()
+                    job.abandon(fd)
+            finally:
+                with self.lock:
+                    self.running -= 1
+                    self.lock.notify_all()
+                    if not self.running:
+                        self.ended.notify_all()
 
     def _more_threads(self) -> None:
         now = time.monotonic()
@@ -195,7 +215,8 @@ class _Fetch:
 
     # -- one object ----------------------------------------------------------------------------------------------------
 
-    def _job(self, job: Job) -> None:
+    def _job(self, job: Job, ahead: deque[tuple[Job, int, Asked | None]]) -> None:
+        """Begin with a job. Of a small object the answer is taken later, when those before it have been."""
         try:
             fd = self._begin(job)
         finally:
@@ -205,8 +226,22 @@ class _Fetch:
                     self.lock.notify_all()
         if fd is None:
             return
+        asked = None
+        if 0 < (job.object.size or 0) <= _AHEAD_BYTES:
+            try:
+                asked = self.source.ask(job.object)
+            except WireError:
+                pass  # to be met again, with patience
+            except BaseException:
+                job.abandon(fd)
+                raise
+        ahead.append((job, fd, asked))
+        if asked is None:
+            self._take(*ahead.pop())
+
+    def _take(self, job: Job, fd: int, asked: Asked | None) -> None:
         try:
-            self._whole(job, fd)
+            self._whole(job, fd, asked)
         except BaseException:
             job.abandon(fd)
             raise
@@ -229,12 +264,13 @@ class _Fetch:
         self.parts.extend((parts, index) for index in range(parts.count))
         return None
 
-    def _whole(self, job: Job, fd: int) -> None:
+    def _whole(self, job: Job, fd: int, asked: Asked | None) -> None:
         object, expected = job.object, job.object.md5
         if object.size == 0:
             return
 
         def attempt() -> None:
+            nonlocal asked
             digest = hashlib.md5(usedforsecurity=False) if expected else None
             position = 0
 
@@ -247,7 +283,8 @@ class _Fetch:
                 if digest:
                     digest.update(piece)
 
-            headers = self.source.fetch(object, 0, None, sink)
+            request, asked = asked, None
+            headers = self.source.fetch(object, 0, None, sink, request)
             if object.size is not None and position != object.size:
                 raise WireError(f"{position} of {object.size} bytes came")
             if digest:
