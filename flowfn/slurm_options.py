@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +16,10 @@ if TYPE_CHECKING:
     from flowfn.spec import FunctionSpec
 
 WORKERS = 32  # jobs of one function at a time, where nobody says more
-_SLURM_TIME = re.compile(
-    r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}"
-)  # days-hours[:minutes[:seconds]], [hours:]minutes:seconds
+# Compiled when they are needed, as most programs need none.
+_SLURM_TIME = r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}"  # days-hours[:minutes[:seconds]], [hours:]minutes:seconds
 # What the backend says itself, or what would come between a worker and its stream.
-_NOT_EXTRA = re.compile(
+_NOT_EXTRA = (
     r"-[ioeJnNlLZuQvIWT]|--(input|output|error|job-name|ntasks|nodes|label|pty|unbuffered|quiet|multi-prog|immediate|"
     r"wait|threads|open-mode|no-allocate|jobid|array|bcast|chdir|export|parsable|test-only)\b"
 )
@@ -103,11 +101,15 @@ _PLAIN = ("partition", "account", "qos", "constraint", "reservation")
 
 def parse_extra(extra: Any) -> tuple[str, ...]:
     """Further options of srun, from one text or several. Raises ValidationError for those that can't be."""
-    words = shlex.split(extra) if isinstance(extra, str) else list(extra)
+    if isinstance(extra, str):
+        import shlex
+
+        extra = shlex.split(extra)
+    words = list(extra)
     for word in words:
         if not isinstance(word, str):
             raise ValidationError(f"extra: {word!r} is not accepted; accepted: options of srun, as text")
-        if _NOT_EXTRA.match(word):
+        if re.match(_NOT_EXTRA, word):
             raise ValidationError(
                 f"extra: {word!r} is not accepted: it would come between a worker and this process",
                 hint="what may be said with an option of flow.Slurm or of the function is said there",
@@ -117,7 +119,7 @@ def parse_extra(extra: Any) -> tuple[str, ...]:
 
 def job_time(time: Any) -> str | None:
     """A time limit as Slurm writes it. Seconds are rounded up to whole ones. Raises ValidationError."""
-    if time is None or (isinstance(time, str) and _SLURM_TIME.fullmatch(time.strip())):
+    if time is None or (isinstance(time, str) and re.fullmatch(_SLURM_TIME, time.strip())):
         return time.strip() if time else None
     if isinstance(time, str) and time.strip().lower() in ("unlimited", "infinite"):
         return "UNLIMITED"
@@ -187,13 +189,13 @@ def within(environ: Mapping[str, str]) -> str | None:
     return None if task else environ.get("SLURM_JOB_ID")
 
 
-_HELD = re.compile(r"^\s+Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
+_HELD = r"(?m)^\s+Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)"
 
 
 def allocated(listing: str, expand: Callable[[str], Iterable[str]]) -> list[Node]:
     """What a job has of its nodes, in what `scontrol show job -d` printed. `expand` makes names of `n[1-3]`."""
     nodes = []
-    for names, cores, memory, gres in _HELD.findall(listing):
+    for names, cores, memory, gres in re.findall(_HELD, listing):
         spans = [span.split("-") for span in cores.split(",")]
         cpus = sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
         for name in expand(names):

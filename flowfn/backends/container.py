@@ -24,7 +24,6 @@ import re
 import resource
 import sys
 import threading
-import uuid
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from flowfn.backends.base import Backend, Connection, Exit
 from flowfn.backends.container_engine import Engine, Facts, noise
 from flowfn.backends.container_images import Images
 from flowfn_runtime import paths
+from flowfn_runtime import settings as runtime_settings
 from flowfn_runtime.errors import BackendError, BackendUnavailable, ConfigError, FlowError
 from flowfn_runtime.taskcontainer import bind, gpu_options
 
@@ -56,7 +56,7 @@ class ContainerConnection(stream.StreamConnection):
 
     def __init__(self, argv: Sequence[str], *, engine: Engine, pass_fds: Sequence[int], **options: Any) -> None:
         self.engine = engine
-        self.name = f"flowfn-{uuid.uuid4().hex[:12]}"
+        self.name = f"flowfn-{os.urandom(6).hex()}"
         self._kill_lock = threading.Lock()
         self._killed = False
         self._killer: threading.Thread | None = None
@@ -151,7 +151,7 @@ class ContainerBackend(Backend):
         self._engine_limits = engine_limits
         self._run_options = list(run_options)
         self._connections = stream.Connections()
-        self._id = uuid.uuid4().hex
+        self._id = os.urandom(16).hex()
         self._used = False
         self._closed = 0  # how often
         self._lock = threading.Lock()
@@ -316,17 +316,21 @@ class ContainerBackend(Backend):
 
     def _binds(self, spec: FunctionSpec, held: Held, environ: dict[str, str]) -> list[str]:
         """What of this host the container sees, mounts staged."""
-        import json
+        own = [paths.private_dir(path) for path in (paths.home(), paths.cache())]
+        if runtime_settings.store():  # it may lie elsewhere
+            from flowfn_runtime.data import store
 
-        from flowfn_runtime.data import mounts, store
-        from flowfn_runtime.settings import UPLOAD_LOCAL
-
-        own = [paths.private_dir(paths.home()), *store.shared_dirs()]
+            own += store.shared_dirs()
         binds = [bind(path, path, False) for path in dict.fromkeys([*own, *self._share])]
-        environ |= {"FLOW_HOME": paths.home(), UPLOAD_LOCAL: "1"}  # the client does not see the container's files
+        # The client does not see the container's files.
+        environ |= {"FLOW_HOME": paths.home(), runtime_settings.UPLOAD_LOCAL: "1"}
         settings = config.load()
         environ |= settings.data_environment({}) | ({"FLOW_STORE": settings.store} if settings.store else {})
         if spec.mounts:
+            import json
+
+            from flowfn_runtime.data import mounts
+
             staged = mounts.stage(
                 [settings.with_options(mount) for mount in spec.mounts],
                 env=spec.environment(os.environ),

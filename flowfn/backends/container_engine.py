@@ -6,45 +6,38 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowfn.backends.container_memory import Memory
+from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendUnavailable, ConfigError, FlowError, ResourceUnavailable
 
 ANSWER_S = 60.0  # how long the engine may take to answer a question
 INSTALL = "install Podman (apt-get install podman) or Docker (https://docs.docker.com/engine/install)"
 
-_DOWN = re.compile(
-    r"cannot connect to the docker daemon|is the docker daemon running|error during connect"
-    r"|cannot connect to podman|unable to connect to podman",
-    re.I,
+# What its messages look like. Compiled when they are needed: most programs never do.
+_DOWN = (
+    r"(?i)cannot connect to the docker daemon|is the docker daemon running|error during connect"
+    r"|cannot connect to podman|unable to connect to podman"
 )
-_DENIED = re.compile(r"permission denied while trying to connect|dial unix .*permission denied", re.I)
-_NO_IMAGE = re.compile(
-    r"image not known|no such image|manifest unknown|name unknown|repository .*(not found|does not exist)"
-    r"|pull access denied|requested access to the resource is denied|not found: manifest|short-name|: not found$",
-    re.I | re.M,
+_DENIED = r"(?i)permission denied while trying to connect|dial unix .*permission denied"
+_NO_IMAGE = (
+    r"(?im)image not known|no such image|manifest unknown|name unknown|repository .*(not found|does not exist)"
+    r"|pull access denied|requested access to the resource is denied|not found: manifest|short-name|: not found$"
 )
-_NO_REGISTRY = re.compile(
-    r"(dial tcp|lookup|pinging container registry|server misbehaving|i/o timeout|tls: |x509: )[^\n]*", re.I
-)
-_NO_PROGRAM = re.compile(
+_NO_REGISTRY = r"(?i)(dial tcp|lookup|pinging container registry|server misbehaving|i/o timeout|tls: |x509: )[^\n]*"
+_NO_PROGRAM = (
     r'(?:exec: |executable file )["`\']?([^"`\':]+)["`\']?:? (?:executable file )?(?:not found|stat |no such file)'
 )
-_NO_GPU = re.compile(
-    r"unresolvable CDI devices[^\n]*|could not select device driver[^\n]*|nvidia-container-cli[^\n]*", re.I
-)
-_NO_CGROUP = re.compile(r"cgroup controller [`'\"]?(\w+)[^\n]*not available|cgroups?[^\n]*(?:denied|read-only)", re.I)
-_NO_PATH = re.compile(r"(?:statfs|bind source path does not exist:|invalid mount config[^\n]*?:) ?(/[^\n:]*)")
+_NO_GPU = r"(?i)unresolvable CDI devices[^\n]*|could not select device driver[^\n]*|nvidia-container-cli[^\n]*"
+_NO_CGROUP = r"(?i)cgroup controller [`'\"]?(\w+)[^\n]*not available|cgroups?[^\n]*(?:denied|read-only)"
+_NO_PATH = r"(?:statfs|bind source path does not exist:|invalid mount config[^\n]*?:) ?(/[^\n:]*)"
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What the engine says of itself."""
 
     docker: bool
@@ -71,7 +64,7 @@ class Engine:
     def program(self) -> str:
         """Its path. Raises BackendUnavailable if there is none."""
         for name in [self._wanted] if self._wanted else ["podman", "docker"]:
-            if found := shutil.which(name):
+            if found := paths.which(name):
                 return found
         if self._wanted:
             raise BackendUnavailable(f"there is no {self._wanted} on this host, to run containers", hint=INSTALL)
@@ -151,42 +144,42 @@ class Engine:
 
     def meaning(self, said: str, image: str = "") -> FlowError | None:
         """What to raise of a failure with these words on standard error; None if they are not known."""
-        if _DENIED.search(said):
+        if re.search(_DENIED, said):
             return BackendUnavailable(
                 f"{self.name} does not let this user in",
                 hint="join its group (sudo usermod -aG docker $USER, then log in anew), or use Podman",
             )
-        if _DOWN.search(said):
+        if re.search(_DOWN, said):
             return BackendUnavailable(
                 f"{self.name} is installed, and its service is not running:\n{tail(said)}",
                 hint=f"start it: systemctl start {self.name}",
             )
-        if image and (found := _NO_REGISTRY.search(said)):
+        if image and (found := re.search(_NO_REGISTRY, said)):
             return BackendUnavailable(
                 f"the image {image} can't be pulled: {found[0].strip()}",
                 hint=f"is the registry reachable? try: {self.name} pull {image}",
             )
-        if image and _NO_IMAGE.search(said):
+        if image and re.search(_NO_IMAGE, said):
             return BackendUnavailable(
                 f"there is no image {image}, or it may not be pulled:\n{tail(said)}",
                 hint=f"check its name and tag; for a private one log in first: {self.name} login",
             )
-        if found := _NO_GPU.search(said):
+        if found := re.search(_NO_GPU, said):
             how = "install nvidia-container-toolkit"
             if self.name != "docker":
                 how += ", then: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
             return ResourceUnavailable(f"{self.name} can't hand GPUs to containers: {found[0].strip()}", hint=how)
-        if found := _NO_CGROUP.search(said):
+        if found := re.search(_NO_CGROUP, said):
             return ResourceUnavailable(
                 f"{self.name} can't limit resources here: {found[0].strip()}",
                 hint="leave the limits to flowfn's own runtime: engine_limits = false in the backend's configuration",
             )
-        if image and (found := _NO_PROGRAM.search(said)):
+        if image and (found := re.search(_NO_PROGRAM, said)):
             return BackendUnavailable(
                 f"the image {image} has no {found[1]}",
                 hint="use one with a shell and Python, or say where its Python is with python=",
             )
-        if found := _NO_PATH.search(said):
+        if found := re.search(_NO_PATH, said):
             return ConfigError(f"{found[1]} can't be shared with a container: it is not on the host of {self.name}")
         return None
 

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import subprocess
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowfn.backends import stream
 from flowfn.backends.container_engine import Engine, noise, tail
-from flowfn.image import Image
 from flowfn_runtime import paths
 from flowfn_runtime.errors import BackendError, BackendUnavailable, ConfigError
+
+if TYPE_CHECKING:
+    from flowfn.image import Image
 
 REPOSITORY = "localhost/flowfn"  # of the images that are built here
 LABEL = "flowfn.image"  # on them: the digest of what they are made of
 TAIL_LINES = 30  # of a failed step's log, for the message
 
 # How builders announce a step, or name the one that failed: Podman and Docker's old builder; BuildKit.
-_STEP = re.compile(r"^(?:STEP|Step) \d+/\d+ ?: (.*)$")
-_FAILED = re.compile(r"^ > (?:\[[^\]]*\] )(.*?):?$")
-_PULLING = re.compile(r"^(?:Trying to pull|.*Pulling from) ")
+_STEP = r"^(?:STEP|Step) \d+/\d+ ?: (.*)$"
+_FAILED = r"^ > (?:\[[^\]]*\] )(.*?):?$"
 
 
 class Images:
@@ -45,7 +42,7 @@ class Images:
 
         Raises BackendUnavailable if it can't be had, BackendError that names the step of a build that failed.
         """
-        if image is not None and not isinstance(image, (str, Image)):
+        if image is not None and not isinstance(image, str) and not hasattr(image, "containerfile"):
             raise ConfigError(f"image={image!r} is no image for containers", hint='pass "name:tag" or a flow.Image')
         key = image or default
         with self._lock:
@@ -79,6 +76,11 @@ class Images:
         return "" if status else out.strip()
 
     def _made(self, image: Image, default: str) -> str:
+        import hashlib
+        import json
+        import tempfile
+        from dataclasses import replace
+
         image.check_python()
         if image.steps:
             self._engine.be_sure()  # builds are not tried twice
@@ -108,6 +110,8 @@ class Images:
             return self._build(image, text, folder, digest)
 
     def _build(self, image: Image, text: str, folder: str, digest: str) -> str:
+        import tempfile
+
         reference = f"{REPOSITORY}:{digest}"
         with tempfile.NamedTemporaryFile("w", dir=_place(), suffix=".Dockerfile") as file:
             file.write(text)
@@ -163,7 +167,7 @@ def last_step(said: str) -> tuple[str | None, str]:
     """Of a failed build's log: the instruction that failed, if one had begun, and what was said since."""
     lines = said.splitlines()
     for number in reversed(range(len(lines))):
-        found = _STEP.match(lines[number]) or _FAILED.match(lines[number])
+        found = re.match(_STEP, lines[number]) or re.match(_FAILED, lines[number])
         if found:
             return found[1].strip(), "\n".join(lines[number + 1 :])
     return None, said
@@ -171,6 +175,8 @@ def last_step(said: str) -> tuple[str | None, str]:
 
 def place(image: Image, text: str, instruction: str | None) -> str | None:
     """Which step of the image an instruction belongs to, for messages. None: no step, so the base was not to be had."""
+    from dataclasses import replace
+
     if instruction is None or instruction.startswith("FROM "):
         return None
     made = [

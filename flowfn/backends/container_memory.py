@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +37,8 @@ class Memory:
 
     def write(self, words: dict[str, Any]) -> None:
         try:
+            import tempfile
+
             folder = paths.private_dir(os.path.dirname(self._path))
             fd, name = tempfile.mkstemp(dir=folder)
             with open(fd, "w", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowfn import shipping, threads
-from flowfn.backends import openssh, stream
+from flowfn.backends import stream
 from flowfn.backends.base import Exit
 from flowfn.clock import clock
 from flowfn_runtime import slurmsays
@@ -25,7 +25,7 @@ TERM_S = 5.0  # how long srun may take to end its job, before it is killed and t
 STEP_S = 0.5  # after so long a step of a job that is there must be waiting for others to end
 SAYS = b"flowfn-job "  # begins the line by which a job says that it runs: its number, its node
 SAY = 'echo "flowfn-job $SLURM_JOB_ID $SLURMD_NODENAME" >&2; exec "$@"'
-_QUEUED = re.compile(rb"srun: job (\d+) queued and waiting")
+_QUEUED = rb"srun: job (\d+) queued and waiting"
 
 
 class SlurmConnection(stream.StreamConnection):
@@ -71,7 +71,7 @@ class SlurmConnection(stream.StreamConnection):
             self.label = f"slurm job {self.job} on {self.node}"
             self.backend.runs(self)
             return True
-        if queued := _QUEUED.match(line):
+        if queued := re.match(_QUEUED, line):
             self.job = queued[1].decode()
             self.waits = True
             self.label = f"slurm job {self.job}"
@@ -180,6 +180,8 @@ class Start:
             return connection.failure
         login = self.backend.queue.login
         if login is not None and (failure := login.explain(status, said)):
+            from flowfn.backends import openssh
+
             self.again = "no more sessions" in str(failure) or openssh.lost_connection(said)
             return failure
         words = slurmsays.end_of(said)

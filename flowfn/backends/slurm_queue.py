@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -16,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from flowfn.slurm_options import SINFO, Node, allocated, nodes_of
+from flowfn_runtime import paths
 from flowfn_runtime.errors import FlowError
 from flowfn_runtime.slurmsays import COMMAND_S, SQUEUE, Job, environment, finish, jobs_of, run, start
 
@@ -124,7 +124,7 @@ class Queue:
             return f"{self.prefix}-{self._count}"
 
     def _start_guard(self) -> subprocess.Popen[bytes] | None:
-        if (shell := shutil.which("sh")) is None:
+        if (shell := paths.which("sh")) is None:
             return None
         return subprocess.Popen(
             [shell, "-c", _GUARD, "flowfn-guard", str(os.getuid()), self.prefix],

@@ -18,17 +18,18 @@ workers. Whatever a worker started becomes the host's child when the worker dies
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import limits, outcomes, wire, worker
+
+if TYPE_CHECKING:
+    import socket  # whose import takes long; a worker elsewhere needs none
 
 CONTROL_FD = 3
 CLIENT_FD = 4  # a process descriptor of the client, if it could make one
@@ -225,6 +226,8 @@ def run_worker(
     stream.write_fd = read_fd if stream.write_fd == stream.read_fd else logs.out_of_the_way(stream.write_fd)
     stream.read_fd = read_fd
     if side is not None:
+        import socket
+
         side = socket.socket(fileno=logs.out_of_the_way(side.detach()))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -256,6 +259,8 @@ def run_worker(
 
 def serve_control(control_fd: int = CONTROL_FD, client_fd: int = CLIENT_FD) -> None:
     """Serve a client of this machine until it is gone."""
+    import socket
+
     control = socket.socket(fileno=control_fd)
     os.set_inheritable(control_fd, False)
     private = [control_fd]
@@ -310,6 +315,9 @@ def tell(control: socket.socket, message: dict[str, Any]) -> None:
 
 def receive_packet(control: socket.socket, size: int = 1 << 20) -> tuple[bytes, list[int]]:
     """One packet and the descriptors that came with it; no bytes at the end."""
+    import array
+    import socket
+
     fds = array.array("i")
     try:
         data, ancillary, _, _ = control.recvmsg(size, socket.CMSG_SPACE(8 * fds.itemsize))
@@ -339,7 +347,11 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, he
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: asked.append(number))
     alive = request.get("alive_fd")
-    side = socket.socket(fileno=request["side_fd"]) if "side_fd" in request else None
+    side = None
+    if "side_fd" in request:
+        import socket
+
+        side = socket.socket(fileno=request["side_fd"])
     stream = wire.Stream(read_fd, write_fd)
     stream.held = held
     host.fork(request, stream, side, [] if alive is None else [alive])

@@ -36,6 +36,15 @@ def private_dir(path: str) -> str:
     return path
 
 
+def which(program: str) -> str | None:
+    """Where a program is on PATH. As `shutil.which`, whose import takes longer than the search."""
+    for folder in os.get_exec_path():
+        path = os.path.join(folder, program)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    return None
+
+
 def placed(place: str, fill: Callable[[str], object]) -> str:
     """See that the directory `place` is there and complete: `fill` makes it if it is not. Many may do so at once."""
     if not os.path.isdir(place):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from . import paths
 from .errors import BackendUnavailable, FlowError, ResourceUnavailable
 
 COMMAND_S = 60.0  # a controller that takes longer than this to answer is not there
@@ -125,7 +125,7 @@ def run(*argv: str, environ: Mapping[str, str] | None = None, given: str | None 
 
 def missing(command: str, error: OSError) -> BackendUnavailable:
     """What to raise where Slurm's commands are not."""
-    if shutil.which(command) is not None:
+    if paths.which(command) is not None:
         return BackendUnavailable(f"{command} can't be started: {error.strerror}")
     return BackendUnavailable(
         f"there is no {command} here: Slurm's commands are not installed, or not on PATH",
@@ -220,7 +220,7 @@ def _errors(said: str) -> str:
 
 
 # Reasons that don't pass by waiting: they ask for what will never be.
-_HOPELESS = re.compile(
+_HOPELESS = (
     r"BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|PartitionNodeLimit|PartitionTimeLimit|"
     r"[Aa]ccount not|QOS not|PartitionConfig|JobArrayTaskLimit|MaxMemPerLimit|MaxCpuPerJob|MaxNodePerJob|MaxGRESPerJob|"
     r"MaxTRESPerJob|MaxWallDuration|Dependency never|DependencyNeverSatisfied|more than the partition|not permitted"
@@ -229,7 +229,7 @@ _HOPELESS = re.compile(
 
 def hopeless(reason: str) -> bool:
     """Whether a job that waits for this reason would wait for ever."""
-    return _HOPELESS.search(reason) is not None
+    return re.search(_HOPELESS, reason) is not None
 
 
 OOM = "went over its memory limit"

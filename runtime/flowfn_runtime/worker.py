@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import queue
 import select
 import sys
 import threading
@@ -18,6 +17,7 @@ from .batch import FLUSH_S, Batch
 from .errors import ProtocolError, SerializationError, VersionMismatch
 
 if TYPE_CHECKING:
+    import queue
     import socket
     from collections.abc import Callable, Mapping, Sequence
 
@@ -51,7 +51,7 @@ class Worker:
         self._loop: Any = None
         self._ahead = False
         self._ahead_go: threading.Semaphore | None = None
-        self._frames: queue.SimpleQueue[wire.Frame | BaseException] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[wire.Frame | BaseException]  # of the thread that reads ahead
 
     # life
 
@@ -119,6 +119,9 @@ class Worker:
             if frame.flags & wire.AHEAD:
                 self._ahead = True
                 if self._ahead_go is None:
+                    import queue
+
+                    self._frames = queue.SimpleQueue()
                     self._ahead_go = threading.Semaphore(0)
                     threading.Thread(target=self._read_ahead, name="flowfn-ahead", daemon=True).start()
                 self._ahead_go.release()
