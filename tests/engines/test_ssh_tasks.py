@@ -80,6 +80,7 @@ class TestLosing:
         met = meeting.next()
         lines = task.logs(follow=True)
         assert next(lines) == "begun\n"
+        task.wait_started(WAIT_S)  # it has begun before the host's register says so, and that is what is known then
         ended: list[Task] = []
         # Not in any time: a host that does not answer is asked again after ever longer pauses.
         waiting = threading.Thread(target=lambda: ended.append(task.wait()), daemon=True)
