@@ -25,6 +25,7 @@ import resource
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,21 @@ class ContainerConnection(stream.StreamConnection):
         self._kill_lock = threading.Lock()
         self._killed = False
         self._killer: threading.Thread | None = None
+        self._asides: deque[str] = deque(maxlen=8)
         run = [*engine.command, "run", f"--name={self.name}", f"--hostname={self.name}", *argv]
         # Podman's monitor leaves a file where it was started if a container runs out of memory.
         cwd = paths.private_dir(os.path.join(paths.cache(), "containers"))
         super().__init__(run, pass_fds=pass_fds, cwd=cwd, **{**options, "label": f"container {self.name}"})
 
     def heard(self, line: bytes) -> bool:
-        return noise(line.decode(errors="replace"))
+        text = line.decode(errors="replace")
+        if noise(text):
+            self._asides.append(text)
+            return True
+        return False
+
+    def said(self, lines: int = 8) -> str:
+        return super().said(lines) or "\n".join(self._asides)  # where there is nothing else they may be the reason
 
     def judge(self, status: int) -> Exit:
         # The engine's own failure is 125; of a container that was killed by signal n it says 128 + n.

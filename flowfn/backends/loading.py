@@ -37,7 +37,7 @@ def load(
     ask = {"digest": runtime.digest, "size": 0, "python": python, "then": 0}
     # Where nothing is lacking, that is all: a round trip costs.
     _say(stream.write_fd, {**ask, "then": len(early)}, early)
-    lines = Lines(stream.read_fd)
+    lines = Lines(stream.read_fd, on_end=connection.overheard)
     there = lines.next()
     if executable := there.get("loaded"):
         connection.python = executable
@@ -107,19 +107,23 @@ def _mismatch(there: dict[str, Any], label: str, more: str = "") -> VersionMisma
 class Lines:
     """The loader's lines among whatever else is printed."""
 
-    def __init__(self, fd: int, rest: bytes = b"") -> None:
+    def __init__(self, fd: int, rest: bytes = b"", *, on_end: Callable[[bytes], object] | None = None) -> None:
+        """`on_end` is told what else was printed if the loader says nothing."""
         self._fd = fd
+        self._on_end = on_end
         self.rest = rest  # what was read beyond the last line
 
     def next(self) -> dict[str, Any]:
         """The next thing that the loader says. Raises what it reports, and EOFError when it is gone."""
         mark = loader.MARK.encode()
-        noise = 0
+        noise = b""
         while True:
             line, end, rest = self.rest.partition(b"\n")
             if not end:
                 more = os.read(self._fd, 1 << 16)
                 if not more:
+                    if self._on_end is not None:
+                        self._on_end(noise + self.rest)
                     raise EOFError
                 self.rest += more
             else:
@@ -133,8 +137,8 @@ class Lines:
                             hint="say where there is room with cache=, or FLOW_CACHE there",
                         )
                     return said
-                noise += len(line)
-            if noise + len(self.rest) > NOISE_BYTES:
+                noise += line + b"\n"
+            if len(noise) + len(self.rest) > NOISE_BYTES:
                 raise ProtocolError(f"the program is not the worker's: it says {self.rest[:80]!r}")
 
 

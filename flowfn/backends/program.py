@@ -136,6 +136,10 @@ class StreamConnection(Connection):
     def hello(self) -> Mapping[str, Any]:
         return {"argv0": os.path.basename(sys.argv[0]) if sys.argv else ""}
 
+    def overheard(self, data: bytes) -> None:
+        """What the program printed on standard output and was meant for people: it goes into messages, too."""
+        self._tail[:0] = data[-TAIL_BYTES:]
+
     def said(self, lines: int = 8) -> str:
         """The last lines of the program's standard error, for messages."""
         return "\n".join(bytes(self._tail).decode(errors="replace").strip().splitlines()[-lines:])

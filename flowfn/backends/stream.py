@@ -107,7 +107,7 @@ def ended(connection: StreamConnection, explain: Explain | None) -> FlowError:
     if known is not None:
         return known
     words = f"status {status}" if status is not None else "no status"
-    said = connection.said() or how.detail
+    said = connection.said() or how.detail or "".join(how.output).strip()
     message = f"{connection.label}: the worker's program ended with {words}"
     return BackendUnavailable(f"{message}:\n{said}" if said else message)
 

@@ -85,6 +85,7 @@ def main(first: bytes = b"", heard: bytes = b"") -> None:
             error = BackendError(f"a worker could not be prepared: {type(error).__name__}: {error}")
         from . import exceptions
 
+        print(error, file=sys.stderr, flush=True)  # for whoever does not get the rest
         payload = exceptions.dumps(error)
         stream.send(wire.ERROR, body=payload.data, buffers=payload.buffers)
         sys.exit(1)

@@ -247,6 +247,12 @@ def test_an_image_without_python_or_without_anything(made: Make, tmp_path: Path)
         f.options(image=flow.Image.from_dockerfile(tmp_path / "Dockerfile")).remote()
 
 
+def test_where_nobody_says_why_the_warnings_of_the_engine_are_told(made: Make) -> None:
+    f = flow.function(backend=made(python="/bin/false", engine_options=[*podman.OPTIONS, "--log-level=info"]))
+    with pytest.raises(flow.BackendUnavailable, match=r"status 1:\ntime=.*level=info"):
+        f(lambda: 1).remote()
+
+
 def test_another_python_and_images_that_are_none(made: Make) -> None:
     f = flow.function(backend=made())(lambda: 1)
     other = f"{sys.version_info[0]}.{sys.version_info[1] + 1}"

@@ -245,6 +245,15 @@ def test_the_last_words_of_a_program_are_told() -> None:
         stream.start(["sh", "-c", "echo the engine is on fire >&2; exit 3"], shipping.Launch({}), label="engine")
 
 
+def test_what_it_says_on_its_standard_output_is_told_as_well(tmp_path: Path) -> None:
+    """As a login shell does that lets nobody in."""
+    shell = tmp_path / "shell"
+    shell.write_text("#!/bin/sh\necho This account is currently not available.; exit 1\n")
+    shell.chmod(0o755)
+    with pytest.raises(flow.BackendUnavailable, match="status 1:\nThis account is currently not available"):
+        stream.start([str(shell), *loader.program()], shipping.Launch({}), label="engine")
+
+
 def test_noise_without_end_is_given_up() -> None:
     with pytest.raises(flow.BackendError, match="is not the worker's"):
         stream.start(["sh", "-c", "yes"], shipping.Launch({}), label="engine")
