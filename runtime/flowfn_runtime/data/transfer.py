@@ -33,6 +33,8 @@ WHOLE_BYTES = 16 << 20
 # server is with the next. (More threads would do the same, and wait for each other.)
 _AHEAD = 4
 _AHEAD_BYTES = 1 << 20
+# Writes of a mebibyte each take twice the processor time of these (measured on ext4 of Linux 6.18).
+_WRITE_BYTES = 512 << 10
 # Pieces of memory for what has arrived and is not hashed yet.
 _SPARES = 64
 
@@ -405,6 +407,6 @@ def _check_digest(found: str, object: Object, headers: Mapping[str, str], source
 def write_all(fd: int, piece: memoryview, position: int) -> None:
     """Write `piece` at `position`, all of it."""
     while piece:
-        count = os.pwrite(fd, piece, position)
+        count = os.pwrite(fd, piece[:_WRITE_BYTES], position)
         piece = piece[count:]
         position += count
