@@ -46,6 +46,7 @@ ENTRY = struct.Struct("<QQ")
 READ_BYTES = 1 << 16
 IOV_MAX = 512
 FROZEN = (1 << 64) - 1  # where a buffer is that follows and is to arrive as bytes
+FRESH_BYTES = 1 << 25  # so much memory is new each time: malloc gives what is this large back at once
 INLINE_BYTES = 1 << 16  # parts smaller than this are joined into one write
 
 # What poll says of a stream whose other end is gone; a socket's may close one half.
@@ -297,7 +298,7 @@ class Stream:
         if len(rest) >= size:
             self._rest = rest[size:]
             return rest[:size]
-        out = bytearray(size)
+        out = _memory(size)
         with memoryview(out) as view:
             self._fill(view)
         return out
@@ -355,6 +356,20 @@ class Stream:
 def _of_bytes(buffer: Any) -> bool:
     """Whether a big bytes object travels, and no array's memory."""
     return len(buffer) >= INLINE_BYTES and type(buffer) is memoryview and type(buffer.obj) is bytes
+
+
+def _memory(size: int) -> Any:
+    """Memory to receive into. Much comes in huge pages: to get 256 MiB in small ones takes longer than to fill them."""
+    if size >= FRESH_BYTES:
+        import mmap
+
+        try:
+            out = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            out.madvise(mmap.MADV_HUGEPAGE)
+            return memoryview(out)
+        except (AttributeError, OSError):
+            pass  # there are none here
+    return bytearray(size)
 
 
 def _wait_for_room(fd: int) -> None:
