@@ -1,11 +1,9 @@
-"""The client's ends of workers on Ray: the door at which nodes of this machine hand in streams, and relayed ones."""
+"""The client's ends of workers on Ray: streams that lead straight to them, and ones that Ray relays."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -16,128 +14,34 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from flowfn.backends import openssh, ray_lease, stream
+from flowfn.backends import ray_lease, stream
 from flowfn.backends.base import Connection, Exit
+from flowfn.backends.ray_door import GONE, Lease
 from flowfn_runtime import wire
 
-GONE = (ray.exceptions.RayError, ConnectionError)
 EXIT_S = 5.0  # how long a relayed worker's actor may take to say how it ended
-WORDS_BYTES = 1 << 14
+LOOK_S = 5.0  # how often it is looked whether Ray is there at all
 BIG_BYTES = 1 << 22
 
 
-class Lease:
-    """A Ray task that holds the resources of a worker, from the moment it is asked for."""
+class _Words:
+    """What a program on another machine says on standard error, with the face of a file: all comes at its end."""
 
-    def __init__(self, token: str) -> None:
-        self.token = token
-        self.reference: Any = None
-        self.happened = threading.Event()  # one of the following
-        self.handed_in: tuple[dict[str, Any], list[int]] | None = None  # what the node said, and the worker's ends
-        self.answer: dict[str, Any] = {}  # of a node that can't reach the door, or that relays
-        self.error: BaseException | None = None
-        self.over = threading.Event()
-        self._lock = threading.Lock()
-        self.given_up = False
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._read = False
 
-    def begun(self, reference: Any) -> None:
-        """Ray was asked for it."""
-        self.reference = reference
-        reference.future().add_done_callback(self._done)
-
-    def hand_in(self, said: dict[str, Any], fds: list[int]) -> None:
-        """A worker of it runs."""
-        with self._lock:
-            if not self.given_up:
-                self.handed_in = said, fds
-                self.happened.set()
-                return
-        for fd in fds:
-            os.close(fd)
-
-    def take(self) -> tuple[dict[str, Any], list[int]] | None:
-        """What was handed in, which is the caller's from here on."""
-        with self._lock:
-            handed_in, self.handed_in = self.handed_in, None
-            return handed_in
-
-    def _done(self, future: concurrent.futures.Future[Any]) -> None:
-        self.error = future.exception()
-        if self.error is None:
-            self.answer = future.result() or {}
-        self.over.set()
-        self.happened.set()
-
-    def give_up(self) -> None:
-        """Nobody wants it any more. What it started meanwhile ends, as its stream does."""
-        with self._lock:
-            self.given_up = True
-            self.happened.set()
-            handed_in, self.handed_in = self.handed_in, None
-        if handed_in is not None:
-            for fd in handed_in[1]:
-                os.close(fd)
-        if self.reference is None or self.over.is_set() or not ray.is_initialized():
-            return
-        try:
-            ray.cancel(self.reference)
-        except (*GONE, ValueError, TypeError, RuntimeError):
-            pass  # it was over, or Ray is
-
-
-class Door:
-    """A socket that only this user's processes on this machine can reach; they hand in workers here."""
-
-    def __init__(self) -> None:
-        self.path = os.path.join(openssh.sockets_directory(), f"ray-{os.getpid()}-{secrets.token_hex(3)}")
-        self._expected: dict[str, Lease] = {}
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.path)
-        self._listener.listen(256)
-        threading.Thread(target=self._serve, name="flowfn-ray-door", daemon=True).start()
-
-    def lease(self) -> Lease:
-        """One that will be handed in here."""
-        lease = Lease(secrets.token_hex(16))
-        self._expected[lease.token] = lease
-        return lease
-
-    def forget(self, lease: Lease) -> None:
-        self._expected.pop(lease.token, None)
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                visitor, _ = self._listener.accept()
-            except OSError:
-                return
-            with visitor:
-                visitor.settimeout(10)
-                fds: list[int] = []
-                try:
-                    words, fds, _, _ = socket.recv_fds(visitor, WORDS_BYTES, 3)
-                    said = json.loads(words)
-                    lease = self._expected.pop(said["token"])
-                except (OSError, ValueError, KeyError, TypeError):
-                    for fd in fds:  # it was given up meanwhile; its worker ends as these are closed
-                        os.close(fd)
-                    continue
-            lease.hand_in(said, fds)
+    def read(self, size: int) -> bytes:
+        if self._read:
+            return b""
+        self._read = True
+        while not self._lease.over.wait(LOOK_S) and ray.is_initialized():
+            pass
+        said: bytes = self._lease.answer.get("said", b"")
+        return said
 
     def close(self) -> None:
-        try:
-            os.unlink(self.path)
-        except OSError:
-            pass
-        try:
-            self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._listener.close()
-
-    def left(self) -> None:
-        """In a forked child: it is the parent's."""
-        self._listener.close()
+        pass
 
 
 class _Program:
@@ -145,8 +49,8 @@ class _Program:
 
     pid = 0
 
-    def __init__(self, lease: Lease, stderr: int) -> None:
-        self.stderr = open(stderr, "rb", buffering=0)
+    def __init__(self, lease: Lease, stderr: Any) -> None:
+        self.stderr = stderr
         self.returncode: int | None = None
         self._lease = lease
 
@@ -165,23 +69,27 @@ class _Program:
 
 
 class RayConnection(stream.StreamConnection):
-    """A worker on this machine's own node: its stream, and a socket for shared memory, lead straight to it."""
+    """A worker whose stream leads straight to it; on this machine, a socket for shared memory and its words as well."""
 
     process: Any
 
     def __init__(self, lease: Lease, said: dict[str, Any], fds: Sequence[int]) -> None:
-        fd, side, stderr = fds
+        fd, *near = fds
         self.said_first = said
         self.label = f"ray node {said['host']}"
         self.facts = {}
         self.python = ""
-        self.process = _Program(lease, stderr)
-        self.side = socket.socket(fileno=side)
+        self.side: socket.socket | None = None
+        if near:
+            self.side = socket.socket(fileno=near[0])
+            self.process = _Program(lease, open(near[1], "rb", buffering=0))
+        else:
+            self.process = _Program(lease, _Words(lease))
         os.set_inheritable(fd, False)
         self.begin(wire.Stream(fd, fd))
 
     def hello(self) -> Mapping[str, Any]:
-        return {**super().hello(), "shm": True}
+        return {**super().hello(), "shm": self.side is not None}
 
     def kill(self) -> None:
         # The program sees it, and ends the worker with all that it started.
@@ -200,7 +108,8 @@ class RayConnection(stream.StreamConnection):
 
     def close(self) -> None:
         super().close()
-        self.side.close()
+        if self.side is not None:
+            self.side.close()
 
 
 class RayStream:

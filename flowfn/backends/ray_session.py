@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import ray
 import ray.exceptions
 
 from flowfn import threads
-from flowfn.backends import ray_connection
+from flowfn.backends import ray_connection, ray_door
 from flowfn.backends.base import Connection
 from flowfn.backends.ray_talk import knock
 from flowfn_runtime.errors import BackendUnavailable
@@ -30,7 +32,7 @@ class Session:
     def __init__(self, address: str | None) -> None:
         self.address = address
         self._ours = False
-        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._watched = False
         self._lock = threading.Lock()
 
@@ -93,8 +95,25 @@ class Session:
         self.look_up()
         try:
             return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        except ray_connection.GONE as error:
+        except ray_door.GONE as error:
             raise self.lost(error) from error
+
+    @property
+    def outside(self) -> bool:
+        """Whether this process is on no machine of the cluster, but connected through `ray://`."""
+        from ray.util.client import ray as client
+
+        return bool(client.is_connected())
+
+    def own_address(self) -> str | None:
+        """By which the cluster's nodes may find this process by TCP, if it is as safe as what Ray says, and known."""
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return None
+        if not self.outside:
+            address: str = ray.util.get_node_ip_address()
+            return address
+        own = knock(self.address or os.environ.get("RAY_ADDRESS") or "")
+        return None if own is None or ipaddress.ip_address(own).is_loopback else own  # a tunnel leads one way
 
     # whether the cluster is there
 
@@ -125,7 +144,7 @@ class Session:
                 time.sleep(LOOK_S)
 
     def keep(self, connection: Connection) -> None:
-        """Remember a worker, and watch that the cluster's head is there as long as there are any."""
+        """Remember a worker, and watch that its node and the cluster's head are there as long as there are any."""
         with self._lock:
             self._open.add(connection)
             if self._watched:
@@ -147,10 +166,13 @@ class Session:
                     return
             try:
                 self.look_up()
-            except BackendUnavailable:  # workers may not have noticed; who waits for them hears of it
-                for connection in open_now:
-                    connection.kill()
-            del open_now
+                dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+                lost = [connection for connection in open_now if connection.said_first["node"] in dead]
+            except (BackendUnavailable, *ray_door.GONE):
+                lost = open_now
+            for connection in lost:  # it may not have noticed; who waits for it hears of it
+                connection.kill()
+            del open_now, lost
 
 
 def free() -> list[Mapping[str, float]]:

@@ -123,13 +123,18 @@ class Line:
         os.close(null)
 
 
-def knock(address: str) -> None:
-    """Raise BackendUnavailable if nobody listens at the address: Ray itself would try for minutes."""
+def knock(address: str) -> str | None:
+    """Raise BackendUnavailable if nobody listens at the address: Ray itself would try for minutes.
+
+    Returns this machine's address on the way there.
+    """
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto", "local": Ray finds out
+        return None  # "auto", "local": Ray finds out
     try:
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), KNOCK_S) as link:
+            own: str = link.getsockname()[0]
+            return own
     except OSError as error:
         raise BackendUnavailable(
             f"no Ray cluster can be had at {address}: {error.strerror or error}",

@@ -1,10 +1,13 @@
 """A real Ray for tests: nodes of this machine, made by Ray's own utility, with files and ports of their own.
 
-As a program it makes the cluster, says in a line of JSON what there is, and stays until its standard input ends.
+Nodes may be in a network of their own, behind a link that can be cut, and see nothing of the client's sockets: as on
+other machines. As a program it makes the cluster, says in a line of JSON what there is, and stays until its standard
+input ends.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,11 +52,67 @@ def why_not() -> str | None:
     return None if importlib.util.find_spec("ray") else "Ray is not installed (pip install 'flowfn[ray]')"
 
 
+class Network:
+    """A network of its own with a link to this machine's."""
+
+    def __init__(self) -> None:
+        beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # tests beside have their own
+        self.name, self._link = f"flowfn-ray-{beside}", f"fnray{beside}"
+        self.here, self.away = f"10.96.{beside}.1", f"10.96.{beside}.2"
+
+    def make(self) -> Network:
+        self.remove()
+        for command in (
+            f"ip netns add {self.name}",
+            f"ip link add {self._link} type veth peer name {self._link}n netns {self.name}",
+            f"ip address add {self.here}/24 dev {self._link}",
+            f"ip link set {self._link} up",
+            f"ip -n {self.name} address add {self.away}/24 dev {self._link}n",
+            f"ip -n {self.name} link set {self._link}n up",
+            f"ip -n {self.name} link set lo up",
+        ):
+            subprocess.run(command.split(), check=True)
+        return self
+
+    def plug(self, up: bool) -> None:
+        """Plug it in, or pull it out."""
+        subprocess.run(["ip", "link", "set", self._link, "up" if up else "down"], check=True)
+
+    def swallow(self, port: int) -> None:
+        """Let vanish what comes to this port from there, without a word, as many a firewall does."""
+        away = ["ip", "-n", self.name]
+        for command in (
+            "link add void type veth peer name voidn",
+            "link set void up",
+            "link set voidn up",
+            f"neigh add {self.here} lladdr 02:00:00:00:00:01 dev void",
+            f"route add {self.here} dev void table 100",
+            f"rule add pref 10 ipproto tcp dport {port} lookup 100",
+        ):
+            subprocess.run([*away, *command.split()], check=True)
+
+    def remove(self) -> None:
+        for command in (f"ip netns delete {self.name}", f"ip link delete {self._link}"):
+            subprocess.run(command.split(), check=False, stderr=subprocess.DEVNULL)
+
+
 class RayCluster:
     """Three nodes: the head has two a100, another one an h100, the last no GPU. `address` is where drivers connect."""
 
-    def __init__(self, nodes: list[dict[str, Any]] = NODES, *, client: bool = False, jobs: bool = False) -> None:
+    def __init__(
+        self,
+        nodes: list[dict[str, Any]] = NODES,
+        *,
+        client: bool = False,
+        jobs: bool = False,
+        network: Network | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))  # short enough for Ray's sockets
+        self.sockets = self.root / "sockets"  # as XDG_RUNTIME_DIR of a client that is on no machine of the nodes
+        self.sockets.mkdir()
+        self._network = network  # for nodes with "away": True
+        self._environ = dict(environ or {})
         self.cache = self.root / "cache"
         self.home = self.root / "home"
         self._nodes = nodes
@@ -61,12 +120,17 @@ class RayCluster:
         self._jobs = jobs  # whether there is a Jobs server, which is part of the dashboard
 
     def start(self) -> RayCluster:
-        environ = {**os.environ, **ENVIRON, "RAY_TMPDIR": str(self.root)}
-        asked = json.dumps({"nodes": self._nodes, "client": self._client, "jobs": self._jobs})
+        environ = {**os.environ, **ENVIRON, "RAY_TMPDIR": str(self.root), **self._environ}
+        network = self._network and [self._network.name, self._network.here, self._network.away]
+        asked = json.dumps({"nodes": self._nodes, "client": self._client, "jobs": self._jobs, "network": network})
+        command = [sys.executable, __file__, asked]
+        if os.getuid() == 0:
+            hide = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hide, str(self.sockets), *command]
         for _ in range(ATTEMPTS):
             with (self.root / "stderr").open("wb") as stderr:
                 self.process = subprocess.Popen(
-                    [sys.executable, __file__, asked],
+                    command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,
@@ -101,6 +165,10 @@ class RayCluster:
     def workers(self) -> set[int]:
         """The programs of flowfn's workers in it."""
         return {pid for pid in self.processes() if b"flowfn_runtime" in _command(pid)}
+
+    def commands(self) -> bytes:
+        """The command lines of all of it."""
+        return b"".join(map(_command, self.processes()))
 
     def remove(self) -> None:
         left = self.processes()
@@ -137,6 +205,14 @@ def running(**options: Any) -> Iterator[RayCluster]:
             made.remove()
 
 
+def raylet_of(pid: int) -> int:
+    """The raylet under which the process of a worker is, as Ray says in its environment."""
+    for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+        if variable.startswith(b"RAY_RAYLET_PID="):
+            return int(variable.partition(b"=")[2])
+    return 0
+
+
 def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -163,21 +239,32 @@ def main() -> None:
         head |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
     if asked["client"]:
         head["ray_client_server_port"] = _free_port()
+    network = asked["network"]
+    if network:
+        head["node_ip_address"] = network[1]
     try:
-        cluster = Cluster()
-        nodes = [
-            cluster.add_node(**{**(head if not number else common), **node})
-            for number, node in enumerate(asked["nodes"])
-        ]
+        cluster = Cluster(shutdown_at_exit=False)  # which is done here, and is no matter for threads
+
+        def add(node: dict[str, Any]) -> Any:
+            if node.pop("away", False):
+                _enter(network[0])
+                node["node_ip_address"] = network[2]
+            return cluster.add_node(**{**common, **node})
+
+        first, *others = asked["nodes"]
+        nodes = [cluster.add_node(**{**head, **first})]
+        for node in others:
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                nodes.append(thread.submit(add, node).result())
         if asked["client"]:
             [server] = nodes[0].all_processes[constants.PROCESS_TYPE_RAY_CLIENT_SERVER]
-            _await_listener(head["ray_client_server_port"], server.process)
+            _await_listener((network[1] if network else "127.0.0.1", head["ray_client_server_port"]), server.process)
     except BaseException:
         _kill_all()
         raise
     said = {
         "address": cluster.address,
-        "url": f"ray://127.0.0.1:{head.get('ray_client_server_port')}",
+        "url": f"ray://{network[1] if network else '127.0.0.1'}:{head.get('ray_client_server_port')}",
         "gcs": nodes[0].all_processes[constants.PROCESS_TYPE_GCS_SERVER][0].process.pid,
         "raylets": [node.all_processes[constants.PROCESS_TYPE_RAYLET][0].process.pid for node in nodes],
         "ids": [node.node_id for node in nodes],
@@ -188,6 +275,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _kill_all()
     os._exit(0)
+
+
+def _enter(network: str) -> None:
+    """Have this thread, and what it starts, in the network."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{network}") as place:
+        if libc.setns(place.fileno(), 0x40000000):
+            raise OSError(ctypes.get_errno(), f"can't enter the network {network}")
 
 
 def _kill_all() -> None:
@@ -211,13 +308,13 @@ def _free_port() -> int:
         return port
 
 
-def _await_listener(port: int, process: subprocess.Popen[bytes]) -> None:
+def _await_listener(where: tuple[str, int], process: subprocess.Popen[bytes]) -> None:
     """Return when the process listens; Ray does not wait for its client server."""
     import socket
 
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port)).close()
+            socket.create_connection(where).close()
             return
         except ConnectionRefusedError:
             assert process.poll() is None, "Ray's client server ended early"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import ray_cluster
 from ray_cluster import RayCluster
@@ -60,6 +61,30 @@ class TestRay(BackendContract):
     def left_over(self) -> set[str]:
         own = set(map(str, self._processes.processes())) - set(map(str, self._processes.workers()))
         return super().left_over() - own
+
+
+class TestElsewhere(LostWorkers, Maps, Logs, Exceptions, Values, Identity):
+    """As from another machine: workers come by TCP. What travels, and what ends."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls, cluster: RayCluster) -> Iterator[flow.Backend]:
+        engines.need(engines.namespaces())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_RUNTIME_DIR", str(cluster.sockets))
+            yield from connected(cluster)
+
+    def test_they_come_by_tcp(self, backend: flow.Backend) -> None:
+        def parents() -> tuple[set[str], set[str]]:
+            import os
+            from pathlib import Path
+
+            fds = {os.readlink(entry) for entry in Path(f"/proc/{os.getppid()}/fd").iterdir() if entry.is_symlink()}
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            return fds, {f"socket:[{row[9]}]" for row in rows}
+
+        fds, tcp = flow.function(backend=backend)(parents).remote()
+        assert fds & tcp
 
 
 class TestRelayed(LostWorkers, Maps, Logs, Exceptions, Values, Identity):

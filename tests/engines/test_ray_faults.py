@@ -52,12 +52,20 @@ def clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayClust
 class Client:
     """A program that uses the cluster; what it says is read line by line."""
 
-    def __init__(self, script: str, cluster: RayCluster, where: Path, **options: Any) -> None:
+    def __init__(
+        self, script: str, cluster: RayCluster, where: Path, *, elsewhere: bool = False, **options: Any
+    ) -> None:
         where.mkdir(exist_ok=True)
         text = PRELUDE.format(options=cluster.options(**options)) + textwrap.dedent(script)
         (where / "client.py").write_text(text)
         self.process = subprocess.Popen(
-            [sys.executable, "client.py"], cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "client.py"],
+            cwd=where,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **({"XDG_RUNTIME_DIR": str(cluster.sockets)} if elsewhere else {})},
+            text=True,
         )
 
     def line(self) -> str:
@@ -66,6 +74,11 @@ class Client:
             if line.startswith("says: "):
                 return line[len("says: ") :].rstrip("\n")
         return ""
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
     def expect(self, line: str) -> None:
         said = self.line()
@@ -77,12 +90,6 @@ class Client:
         """Its exit status, and what it has said on standard error."""
         _, said = self.process.communicate(timeout=120)
         return self.process.returncode, said
-
-
-def children(pid: int) -> set[int]:
-    from flowfn_runtime import limits
-
-    return set(limits.descendants(pid))
 
 
 SPREAD = """
@@ -113,8 +120,8 @@ def test_a_node_that_is_killed_in_the_middle_of_a_map(clusters: Callable[..., Ra
     folder.mkdir()
     client = Client(SPREAD.format(folder=folder), cluster, tmp_path / "client", spread=True)
     client.expect("under way")
-    of_nodes = [cluster.workers() & children(raylet) for raylet in cluster.raylets]
-    assert sum(map(bool, of_nodes)) >= 2, "the workers are not spread over the nodes"
+    of_nodes = {ray_cluster.raylet_of(pid) for pid in cluster.workers()}
+    assert len(of_nodes & set(cluster.raylets)) >= 2, "the workers are not spread over the nodes"
     os.kill(cluster.raylets[2], signal.SIGKILL)
     client.expect("all there")
     status, said = client.end()
@@ -145,17 +152,12 @@ def test_the_ray_process_of_a_worker_is_killed(clusters: Callable[..., RayCluste
     client = Client(script, cluster, tmp_path / "client")
     wait_until(lambda: (marks / "0").exists() and (marks / "0").read_text(), "the call did not begin")
     worker = int((marks / "0").read_text())
-    task = _parent(_parent(worker))  # worker, its host, Ray's process
-    assert b"ray::" in Path(f"/proc/{task}/cmdline").read_bytes()
+    [task] = [pid for pid in cluster.processes() if ray_cluster._command(pid).startswith(b"ray::lodge")]
     os.kill(task, signal.SIGKILL)
     client.expect("1")
     assert client.end()[0] == 0
     wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker outlived Ray's process")
     wait_until(lambda: not cluster.workers(), "workers are left")
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
@@ -166,8 +168,8 @@ def test_a_client_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: 
     def f():
         import subprocess
         import time
-        subprocess.Popen(["sleep", "600"])
-        time.sleep(600)
+        subprocess.Popen(["sleep", "616"])
+        time.sleep(616)
 
     @flow.function(backend=backend)
     def ready():
@@ -180,11 +182,11 @@ def test_a_client_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: 
     """
     client = Client(script, cluster, tmp_path / "client", direct=direct)
     client.expect("ready")
-    wait_until(lambda: b"sleep" in b"".join(map(ray_cluster._command, cluster.processes())), "nothing runs")
+    wait_until(lambda: b"sleep\x00616" in cluster.commands(), "nothing runs")
     client.process.kill()
     client.end()
     wait_until(lambda: not cluster.workers(), "workers are left")
-    wait_until(lambda: b"sleep\0600" not in b"".join(map(ray_cluster._command, cluster.processes())), "more is left")
+    wait_until(lambda: b"sleep\x00616" not in cluster.commands(), "more is left")
 
 
 def test_a_head_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:

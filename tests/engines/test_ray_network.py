@@ -1,37 +1,36 @@
-"""A Ray cluster whose second node is in a network of its own, with a link that is cut: for a while, and for good."""
+"""A Ray cluster whose second node is in a network of its own, with a link that is cut: for a while, and for good.
+
+Workers there are reached by TCP, straight, or are relayed by Ray where that is not to be had.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import engines
 import pytest
 import ray_cluster
+from ray_cluster import Network, RayCluster, wait_until
+from test_ray_faults import Client
 
-from flowfn_runtime import limits
+# A node that can't be reached is given up in seconds, but not within the ten that one is cut off for.
+PATIENCE = {"timeout_ms": "5000", "failure_threshold": "3", "initial_delay_ms": "0"}
+ENVIRON = {f"RAY_health_check_{name}": value for name, value in PATIENCE.items()}
+NODES: list[dict[str, Any]] = [{"num_cpus": 2}, {"num_cpus": 4, "resources": {"away": 4}, "away": True}]
 
-START_S = 120.0
-_BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # tests beside this one have their own
-NETWORK, LINK = f"flowfn-ray-{_BESIDE}", f"fnray{_BESIDE}"
-HERE, AWAY = f"10.96.{_BESIDE}.1", f"10.96.{_BESIDE}.2"
-PORT = 26379 + 2 * _BESIDE
+HOW = """
+def how():
+    return sorted({type(one).__name__ for one in backend._session.workers()})
 
-CLIENT = """
-import os
-import flowfn as flow
-from flowfn.backends.ray import RayBackend
+def network():
+    return os.readlink("/proc/self/ns/net")
+"""
 
-# Both nodes are this machine, so what is said would not take the network by itself.
-backend = RayBackend(address={address!r}, cache={cache!r}, home={home!r}, direct=False)
-
+SQUARES = """
 @flow.function(backend=backend, cpu=1, max_workers=3)
 def square(n):
     import time
@@ -40,106 +39,122 @@ def square(n):
 
 squares = iter(square.map(range(60)))
 seen = [next(squares) for _ in range(6)]
-print("under way", flush=True)
+say("under way")
 seen += squares
 assert seen == [n * n for n in range(60)], seen
-print("all there", flush=True)
+say("all there")
 flow.shutdown()
 """
 
 
-def link(up: bool) -> None:
-    """Plug the second node's network in, or pull it out."""
-    subprocess.run(["ip", "link", "set", LINK, "up" if up else "down"], check=True)
-
-
-@pytest.fixture
-def address(tmp_path: Path, for_good: bool) -> Iterator[str]:
-    """A cluster: a head with one core, and a node with two behind the link."""
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
     engines.need(ray_cluster.why_not())
     engines.need(engines.namespaces())
-    folder = tempfile.mkdtemp(prefix="ray-net-", dir="/tmp")  # short enough for Ray's sockets
-    # A node that can't be reached is given up in seconds, but not within the ten that one is cut off for.
-    patience = {"timeout_ms": "2000" if for_good else "10000", "failure_threshold": "3", "initial_delay_ms": "0"}
-    patience = {f"RAY_health_check_{name}": value for name, value in patience.items()}
-    environ = {**os.environ, **ray_cluster.ENVIRON, **patience}
-    program = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-    nodes: list[subprocess.Popen[bytes]] = []
-
-    def start(*argv: str) -> None:
-        with open(tmp_path / f"node-{len(nodes)}", "wb") as said:
-            nodes.append(subprocess.Popen(argv, env=environ, stdout=said, stderr=said, start_new_session=True))
-        ray_cluster.wait_until(
-            lambda: b"Ray runtime started" in (tmp_path / f"node-{len(nodes) - 1}").read_bytes(), "a node did not start"
-        )
-
-    remove_network()
+    made = Network()
     try:
-        for command in (
-            f"ip netns add {NETWORK}",
-            f"ip link add {LINK} type veth peer name {LINK}n netns {NETWORK}",
-            f"ip address add {HERE}/24 dev {LINK}",
-            f"ip link set {LINK} up",
-            f"ip -n {NETWORK} address add {AWAY}/24 dev {LINK}n",
-            f"ip -n {NETWORK} link set {LINK}n up",
-            f"ip -n {NETWORK} link set lo up",
-        ):
-            subprocess.run(command.split(), check=True)
-        own = [
-            f"--node-ip-address={HERE}",
-            f"--port={PORT}",
-            f"--ray-client-server-port={PORT + 1}",
-            f"--temp-dir={folder}",
-        ]
-        start(*program, "--head", *own, "--num-cpus=1", "--include-dashboard=false")
-        away = ["nsenter", f"--net=/run/netns/{NETWORK}"]
-        start(*away, *program, f"--address={HERE}:{PORT}", f"--node-ip-address={AWAY}", "--num-cpus=2")
-        yield f"{HERE}:{PORT}"
+        yield made.make()
     finally:
-        for node in nodes:
-            for pid in [*limits.descendants(node.pid), node.pid]:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-            node.wait()
-        remove_network()
-        shutil.rmtree(folder, ignore_errors=True)
+        made.remove()
 
 
-def remove_network() -> None:
-    for command in (f"ip netns delete {NETWORK}", f"ip link delete {LINK}"):
-        subprocess.run(command.split(), check=False, stderr=subprocess.DEVNULL)
+@pytest.fixture(scope="module")
+def cluster(network: Network) -> Iterator[RayCluster]:
+    """A head with two cores, and a node with four behind the link."""
+    with ray_cluster.running(nodes=NODES, network=network, environ=ENVIRON) as made:
+        yield made
+
+
+def test_a_worker_on_another_machine(cluster: RayCluster, tmp_path: Path) -> None:
+    script = """
+    f = flow.function(backend=backend)
+    assert f(network).remote() != network()
+    data = os.urandom(1 << 25)
+    assert f(lambda data: data[::-1]).remote(data) == data[::-1]
+    assert list(f(lambda n: 2 * n).map(range(2000))) == [2 * n for n in range(2000)]
+
+    def die():
+        print("last words")
+        os._exit(3)
+
+    try:
+        f(die).remote()
+    except flow.WorkerLost as error:
+        assert error.exitcode == 3, error
+        say("lost")
+    say(how())
+    flow.shutdown()
+    """
+    client = Client(HOW + textwrap.dedent(script), cluster, tmp_path / "client", elsewhere=True, resources={"away": 1})
+    client.expect("lost")
+    client.expect("['RayConnection']")
+    assert client.end()[0] == 0
+    wait_until(lambda: not cluster.workers(), "workers are left")
+
+
+def test_a_door_that_can_not_be_reached(cluster: RayCluster, network: Network, tmp_path: Path) -> None:
+    """What comes to it vanishes: workers are relayed, and the node is not asked to try it again."""
+    script = """
+    backend.slots(flow.function(backend=backend)(network).spec)  # it is connected from here on
+    say(backend._starter.door().addresses[1][1][1])
+    input()
+    f = flow.function(backend=backend, max_workers=2)
+    assert f(network).remote() != network()
+    say(how())
+    say(len(backend._starter._far))
+    assert f(lambda: 2).options(memory="100MiB").remote() == 2
+    say(how())
+    flow.shutdown()
+    """
+    client = Client(HOW + textwrap.dedent(script), cluster, tmp_path / "client", elsewhere=True, resources={"away": 1})
+    network.swallow(int(client.line()))
+    client.tell("go on")
+    client.expect("['RelayedConnection']")
+    client.expect("1")
+    client.expect("['RelayedConnection']")
+    assert client.end()[0] == 0
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
+def test_a_client_that_is_killed(cluster: RayCluster, tmp_path: Path, direct: bool) -> None:
+    script = """
+    def last():
+        import subprocess
+        import time
+        subprocess.Popen(["sleep", "617"])
+        time.sleep(617)
+
+    flow.function(backend=backend)(last).spawn()
+    say(flow.function(backend=backend)(lambda: "ready").remote())
+    while True:
+        time.sleep(1)
+    """
+    options = {"elsewhere": True, "direct": direct, "resources": {"away": 1}}
+    client = Client(script, cluster, tmp_path / "client", **options)
+    client.expect("ready")
+    wait_until(lambda: b"sleep\x00617" in cluster.commands(), "nothing runs")
+    client.process.kill()
+    client.end()
+    wait_until(lambda: not cluster.workers(), "workers are left")
+    wait_until(lambda: b"sleep\x00617" not in cluster.commands(), "more is left")
 
 
 @pytest.mark.parametrize("for_good", [False, True])
-def test_a_network_that_is_gone(address: str, for_good: bool, tmp_path: Path) -> None:
+def test_a_network_that_is_gone(cluster: RayCluster, network: Network, for_good: bool, tmp_path: Path) -> None:
     """Nothing is lost or doubled: what the node had is there later, or is done by the other one."""
-    place = tmp_path / "client"
-    place.mkdir()
-    options = {"address": address, "cache": str(tmp_path / "cache"), "home": str(tmp_path / "home")}
-    (place / "client.py").write_text(textwrap.dedent(CLIENT).format(**options))
-    with (tmp_path / "said").open("wb") as said:
-        client = subprocess.Popen(
-            [sys.executable, "client.py"],
-            cwd=place,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-            env={**os.environ, **ray_cluster.ENVIRON},
-        )
-    assert client.stdout is not None
-    lines = (line.rstrip("\n") for line in client.stdout)
-    assert "under way" in lines, (tmp_path / "said").read_text()
-    link(up=False)
+    clients = [
+        Client(SQUARES, cluster, tmp_path / f"client{direct}", elsewhere=True, direct=direct)
+        for direct in (True, False)
+    ]
+    for client in clients:
+        client.expect("under way")
+    network.plug(up=False)
     if not for_good:
         with pytest.raises(subprocess.TimeoutExpired):  # it is gone for ten seconds, and there are more items
-            client.wait(10)
-        link(up=True)
-    try:
-        assert "all there" in lines, (tmp_path / "said").read_text()
-        assert client.wait(START_S) == 0
-    finally:
-        client.kill()
-        client.wait()
-        client.stdout.close()
+            clients[0].process.wait(10)
+        network.plug(up=True)
+    for client in clients:
+        client.expect("all there")
+    for client in clients:
+        status, said = client.end()
+        assert status == 0, said[-4000:]

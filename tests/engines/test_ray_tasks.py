@@ -340,7 +340,7 @@ os._exit(link.recv(1)[0])
             assert task.wait(WAIT_S).status == "failed"
         said = [task.logs(node=node, stderr=True) for node in (0, 1)]
         assert "killed by SIGKILL" in task.reason and sum("is lost: " in words for words in said) == 1
-        assert b"sleep\0613" not in b"".join(map(ray_cluster._command, cluster.processes()))
+        assert b"sleep\x00613" not in cluster.commands()
 
     def test_it_is_cancelled_while_it_waits_for_room(self, cluster: RayCluster, meeting: Meeting) -> None:
         first = submit(cluster, make_work(meeting), gpu="h100")
@@ -360,7 +360,7 @@ os._exit(link.recv(1)[0])
             assert next(iter(task.logs(follow=True))) == "up\n"
             assert task.cancel("enough").wait(WAIT_S).status == "cancelled"
         assert task.reason == "enough"
-        assert b"sleep\0611" not in b"".join(map(ray_cluster._command, cluster.processes()))
+        assert b"sleep\x00611" not in cluster.commands()
         assert left_on_nodes(cluster, task) == []
 
     def test_a_driver_that_is_killed(self, cluster: RayCluster) -> None:
@@ -369,9 +369,7 @@ os._exit(link.recv(1)[0])
             assert next(iter(task.logs(follow=True))) == "up\n"
             os.kill(driver_of(cluster, task), signal.SIGKILL)
             assert task.wait(WAIT_S).status == "failed"
-        wait_until(
-            lambda: b"sleep\0612" not in b"".join(map(ray_cluster._command, cluster.processes())), "ranks are left"
-        )
+        wait_until(lambda: b"sleep\x00612" not in cluster.commands(), "ranks are left")
 
     def test_a_call(self, cluster: RayCluster, project: Path) -> None:
         (project / "ranks.py").write_text("import os\n\ndef rank():\n    return int(os.environ['FLOW_NODE_RANK'])\n")
