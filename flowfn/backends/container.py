@@ -25,14 +25,14 @@ import resource
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowfn import config, loader, shipping, terminal
 from flowfn.backends import stream
-from flowfn.backends.base import Backend, Connection, Exit
-from flowfn.backends.container_engine import Engine, Facts, noise
+from flowfn.backends.base import Backend, Connection
+from flowfn.backends.container_connection import ContainerConnection, Door
+from flowfn.backends.container_engine import Engine, Facts
 from flowfn.backends.container_images import Images
 from flowfn_runtime import paths
 from flowfn_runtime import settings as runtime_settings
@@ -49,63 +49,6 @@ MAKER = "flowfn.backend"  # and the backend in it
 WORKDIR = "/"
 OVERHEAD_BYTES = 64 << 20  # of the engine's limit, beside what the function may use: the runtime, and room for files
 LOOK_S = 2.0  # how often a call that waits for GPUs looks whether it is still wanted
-END_S = 5.0  # how long a container may take to be gone once it was killed
-
-
-class ContainerConnection(stream.StreamConnection):
-    """One `podman run` or `docker run`, and the container that it stands for."""
-
-    def __init__(self, argv: Sequence[str], *, engine: Engine, pass_fds: Sequence[int], **options: Any) -> None:
-        self.engine = engine
-        self.name = f"flowfn-{os.urandom(6).hex()}"
-        self._kill_lock = threading.Lock()
-        self._killed = False
-        self._killer: threading.Thread | None = None
-        self._asides: deque[str] = deque(maxlen=8)
-        run = [*engine.command, "run", f"--name={self.name}", f"--hostname={self.name}", *argv]
-        # Podman's monitor leaves a file where it was started if a container runs out of memory.
-        cwd = paths.private_dir(os.path.join(paths.cache(), "containers"))
-        super().__init__(run, pass_fds=pass_fds, cwd=cwd, **{**options, "label": f"container {self.name}"})
-
-    def heard(self, line: bytes) -> bool:
-        text = line.decode(errors="replace")
-        if noise(text):
-            self._asides.append(text)
-            return True
-        return False
-
-    def said(self, lines: int = 8) -> str:
-        return super().said(lines) or "\n".join(self._asides)  # where there is nothing else they may be the reason
-
-    def judge(self, status: int) -> Exit:
-        # The engine's own failure is 125; of a container that was killed by signal n it says 128 + n.
-        return Exit(128 - status if status > 128 else None, detail=self.said())
-
-    def kill(self) -> None:
-        with self._kill_lock:
-            if self._killed or self._ended.is_set():
-                return
-            self._killed = True
-            self._killer = threading.Thread(target=self._end, name="flowfn-kill")
-            self._killer.start()
-
-    def exit(self, timeout: float) -> Exit:
-        how = super().exit(timeout)
-        if self._killer is not None and self._killer is not threading.current_thread():
-            self._killer.join(timeout)
-        return how
-
-    def _end(self) -> None:
-        try:
-            status, _, _ = self.engine.ask("kill", self.name)
-            if status == 0 and self._ended.wait(END_S):
-                return
-            if self.process.poll() is None:  # it is just starting, or hangs
-                self.process.kill()
-                self._ended.wait(END_S)
-            self.engine.ask("rm", "--force", self.name)
-        except FlowError:
-            self.process.kill()
 
 
 class ContainerBackend(Backend):
@@ -188,19 +131,23 @@ class ContainerBackend(Backend):
             binds = self._binds(spec, held, environ)
             if spec.gpu:
                 options += self._gpus(spec, held, environ, generation)
+            # Not where memory is limited: of what is shared it is anybody's guess who is charged for it.
+            door = None if spec.memory else Door()
             enforced = {"cpu"} if "cpuset" in self._limits() else set()
 
             def launch() -> shipping.Launch:
                 told = shipping.launch(spec, enforce={"memory", "cpu"} - enforced, environ=environ, sandbox=False)
                 if spec.memory and "memory" in self._limits():
                     told.setup["request"]["cgroup"] = True
+                if door is not None:
+                    told.setup["request"]["side_path"] = door.path
                 return told
 
             program = loader.program(self.python, cache=paths.cache())
             ours = ["--rm", f"--workdir={WORKDIR}", f"--label={LABEL}={os.getpid()}", f"--label={MAKER}={self._id}"]
             argv = [*ours, *self._run_words(facts.docker, facts.rootless), *options, *binds, *self._run_options]
             argv += ["--entrypoint", program[0], image, *program[1:]]
-            kind = functools.partial(self._start, generation, held.fds)
+            kind = functools.partial(self._start, generation, held.fds, door)
             explain = functools.partial(self._explain, image, failures)
             connection = stream.start(argv, launch, label="container", explain=explain, kind=kind)
         except BaseException:
@@ -209,12 +156,14 @@ class ContainerBackend(Backend):
         connection.on_end(held.close)
         return connection
 
-    def _start(self, generation: int, fds: Sequence[int], argv: Sequence[str], **options: Any) -> ContainerConnection:
+    def _start(
+        self, generation: int, fds: Sequence[int], door: Door | None, argv: Sequence[str], **options: Any
+    ) -> ContainerConnection:
         """Run the engine, unless the backend was closed meanwhile; `close` knows of it from here on."""
         with self._lock:
             if self._closed != generation:
                 raise BackendUnavailable("the backend was closed while a worker was to start")
-            connection = ContainerConnection(argv, engine=self.engine, pass_fds=fds, **options)
+            connection = ContainerConnection(argv, engine=self.engine, pass_fds=fds, door=door, **options)
             self._connections.add(connection)
             self._used = True
             return connection

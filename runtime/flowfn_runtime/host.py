@@ -217,6 +217,7 @@ def run_worker(
 
     from . import logs
 
+    sys.dont_write_bytecode = bool(sys.flags.dont_write_bytecode)  # the loader allowed it for the runtime's own
     os.setsid()
     limits.set_pdeathsig(signal.SIGKILL)
     if os.getppid() != host:  # it died before the kernel was told
@@ -334,8 +335,8 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, he
 
     The exit status is the worker's (128 + n for signal n). `request` may hold `sys_path`, entries to put before this
     Python's own; `alive_fd`, the reading end of a FIFO: when nobody has its other end any more the worker ends; and
-    `side_fd`, a socket for shared memory, where the client is on this machine. `held` goes before all that the worker
-    says.
+    `side_fd`, a socket for shared memory, where the client is on this machine, or `side_path`, where one may be had.
+    `held` goes before all that the worker says.
     """
     sys.path[:0] = request.get("sys_path", ())
     if read_fd == 0:
@@ -352,6 +353,8 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, he
         import socket
 
         side = socket.socket(fileno=request["side_fd"])
+    elif "side_path" in request:
+        side = _come_in(request["side_path"])
     stream = wire.Stream(read_fd, write_fd)
     stream.held = held
     host.fork(request, stream, side, [] if alive is None else [alive])
@@ -372,6 +375,24 @@ def serve_stdio(request: dict[str, Any], read_fd: int = 0, write_fd: int = 1, he
     print(wire.EXIT_MARK + json.dumps(end), file=sys.stderr, flush=True)
     code: int = end["exitcode"]
     return code if code >= 0 else 128 - code
+
+
+def _come_in(path: str) -> socket.socket | None:
+    """The client's socket for shared memory. None if that is another machine's, or another user's."""
+    import socket
+
+    side = socket.socket(socket.AF_UNIX)
+    try:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            side.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")  # however long the path is
+        finally:
+            os.close(folder)
+        os.unlink(path)
+    except OSError:
+        side.close()
+        return None
+    return side
 
 
 def warm_up() -> None:

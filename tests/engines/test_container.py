@@ -20,6 +20,7 @@ import flowfn as flow
 from flowfn.backends import registry
 from flowfn.backends.container import ContainerBackend, bind, gpu_options
 from flowfn.backends.container_images import last_step, place
+from flowfn_runtime import paths
 
 ROOT = Path(__file__).parents[2]
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -57,6 +58,24 @@ def test_a_container_has_files_processes_and_a_name_of_its_own(made: Make) -> No
     name, processes, _ = f.remote()
     assert name in podman.containers()
     assert processes[0] == "1" and str(os.getpid()) not in processes
+
+
+def test_big_arguments_and_results_go_through_shared_memory(made: Make) -> None:
+    def there(data: bytearray) -> tuple[bool, bytearray]:
+        with open("/proc/self/maps") as maps:
+            return "memfd:flowfn" in maps.read(), data
+
+    f = flow.function(backend=made())(there)
+    data = bytearray(os.urandom(1 << 20) * 8)
+    meeting = f"{paths.cache()}/containers"
+    hidden = made(run_options=[f"--mount=type=tmpfs,destination={meeting},notmpcopyup"])
+    for shared, other in (
+        (True, f),
+        (False, f.options(memory="1GiB")),  # where nobody could tell who is charged for it
+        (False, f.options(backend=hidden)),  # where the worker can't come for it
+    ):
+        assert other.remote(data) == (shared, data)
+        assert os.listdir(meeting) == []
 
 
 def test_it_is_configured_by_name(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
