@@ -99,6 +99,7 @@ try:
 except Exception as error:
     say(error=type(error).__name__ + ": " + str(error))
     sys.exit(70)
+sys.dont_write_bytecode = False  # in a directory of ours, for the next start; the worker has it as it was
 from flowfn_runtime import bootstrap
 bootstrap.main(line(loaded=sys.executable), heard)
 """

@@ -93,6 +93,14 @@ def test_the_runtime_is_kept_by_its_digest(elsewhere: Callable[..., Elsewhere]) 
     assert os.stat(file).st_ino == before
 
 
+def test_the_runtime_is_compiled_once_whatever_is_said_of_bytecode(elsewhere: Callable[..., Elsewhere]) -> None:
+    backend = elsewhere(PYTHONDONTWRITEBYTECODE="1")
+    f = flow.function(backend=backend)(lambda: __import__("sys").dont_write_bytecode)
+    assert f.remote() is True  # what is said holds for the user's modules
+    kept = backend.home / "cache" / "runtime" / bundle().digest / "flowfn_runtime" / "__pycache__"
+    assert {"bootstrap", "host", "worker"} <= {path.name.partition(".")[0] for path in kept.iterdir()}
+
+
 def test_where_the_runtime_is_kept_nothing_is_waited_for(elsewhere: Callable[..., Elsewhere]) -> None:
     """All that is to be said is said before the other side has spoken, and is enough."""
     backend = elsewhere()
