@@ -64,6 +64,7 @@ class Engine:
     by_hand: Mapping[str, By]  # peers
     more: Mapping[str, Callable[[str], float]] = field(default_factory=dict)  # peers that measure themselves, by case
     fetches: bool = True  # whether programs run by hand have boto3
+    let_go: Callable[[], object] = lambda: None  # called before each first result: end what an earlier one has left open
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -108,6 +109,7 @@ def measure(results: Results, rounds: int, engine: Engine) -> None:
         results.print_case(title)
 
     def first(program: str) -> float:
+        engine.let_go()
         return wall_s([sys.executable, "-c", program])[0]
 
     first(engine.first)  # what is kept over there is there, as on every day but the first

@@ -47,9 +47,14 @@ def _ssh(results: Results, rounds: int, url: str, config: str, python: str, plac
         f"assert flow.function(backend={made})(abs).remote(-1) == 1"
     )
     backend = SshBackend(url, config=config, python=python)
-    try:
-        # A shared connection has to be there before it can be used; its first result is a login, as without.
-        measure(results, rounds, Engine("ssh", backend, first, {"ssh": by([]), "ssh shared": by(shared)}))
-    finally:
+
+    def let_go() -> None:
+        """A shared connection has to be there before it can be used: its first result is a login, as without."""
         subprocess.run(["ssh", "-F", config, *shared, "-O", "exit", url], capture_output=True)
+
+    peers = {"ssh": by([]), "ssh shared": by(shared)}
+    try:
+        measure(results, rounds, Engine("ssh", backend, first, peers, let_go=let_go))
+    finally:
+        let_go()
         backend.close()
