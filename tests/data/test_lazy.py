@@ -4,6 +4,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,6 +155,77 @@ def test_blocks_count_and_go_when_room_is_needed(s3: S3, proxy: Proxy) -> None:
     close_and_wait(staged)
     room.prune(0)
     assert room.used_bytes() == 0
+
+
+AS_USER = """
+import array, concurrent.futures.thread, os, subprocess, sys, threading
+from flowfn_runtime import sandbox
+from flowfn_runtime.data import lazy
+from flowfn_runtime.data.cache import Cache
+from flowfn_runtime.data.sources import open_source
+base, url = sys.argv[1:]
+# /dev/fuse as most hosts have it, in a mount namespace of this process's own.
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", base], check=True)
+os.mknod(base + "/fuse", 0o20666, os.makedev(10, 229)); os.chmod(base + "/fuse", 0o666)
+subprocess.run(["mount", "--bind", base + "/fuse", "/dev/fuse"], check=True)
+source = open_source(url)
+os.environ["FLOW_CACHE"] = base + "/loaded"; Cache().stage(source)  # the interpreter may be root's alone: all is loaded
+os.mkdir(base + "/own"); os.chown(base + "/own", 1, 1)
+os.environ.update(FLOW_CACHE=base + "/own/cache", FLOW_HOME=base + "/own/home", HOME=base + "/own")
+os.setgroups([]); os.setgid(1); os.setuid(1)  # daemon: fusermount wants to know the name
+watch, hold = os.pipe()
+server = lazy._Server(source, source.listing(), [])
+thread = threading.Thread(target=server.run, args=(watch,)); thread.start()
+print(open(server.path + "/a").read())
+inside = sandbox.command(["sh", "-c", "cat /data/a; echo no >/data/a"], [sandbox.Bind(server.path, "/data", True)])
+run = subprocess.run(inside, capture_output=True, text=True)
+print(run.stdout, run.stderr)
+mounts = open("/proc/self/mounts").read()
+os.close(hold); thread.join()
+print(server.path in mounts, server.path in open("/proc/self/mounts").read(), os.path.exists(server.folder))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; the other tests ran as a normal one")
+@pytest.mark.skipif(not (shutil.which("fusermount3") or shutil.which("fusermount")), reason="there is no fusermount3")
+def test_a_normal_user_mounts_by_fusermount(s3: S3) -> None:
+    s3.put("set/a", b"abc")
+    base = Path("/tmp") / f"flowfn-user-{os.getpid()}"  # pytest's own directory is root's alone
+    base.mkdir()
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", sys.executable, "-c", AS_USER, str(base), f"{s3.url}/set"],
+            env={**os.environ, **s3.env},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        base.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert "abc\nabc" in done.stdout and "Read-only file system" in done.stdout
+    assert done.stdout.split()[-3:] == ["True", "False", "False"]
+
+
+REFUSED = """
+import os, shutil, subprocess, sys
+from flowfn_runtime.data import fuse
+base = sys.argv[1]
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", base], check=True)
+os.mknod(base + "/fuse", 0o20600, os.makedev(10, 229))
+subprocess.run(["mount", "--bind", base + "/fuse", "/dev/fuse"], check=True)
+os.setuid(1)
+fuse.check()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not (shutil.which("fusermount3") or shutil.which("fusermount")), reason="there is no fusermount3")
+def test_a_device_for_root_alone_is_said_before_anything_is_mounted(tmp_path: Path) -> None:
+    run = ["unshare", "--mount", sys.executable, "-c", REFUSED, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert done.returncode and "SandboxError" in done.stderr and "chmod 666 /dev/fuse" in done.stderr
 
 
 def test_without_fuse_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

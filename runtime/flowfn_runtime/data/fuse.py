@@ -207,6 +207,11 @@ def check() -> None:
             'mode="lazy" needs FUSE, and only root can mount without fusermount3.',
             hint='apt-get install fuse3 (dnf install fuse3), or mount with mode="copy".',
         )
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise SandboxError(
+            'mode="lazy" needs FUSE, and this host keeps /dev/fuse for others than this user.',
+            hint='As most systems have it: chmod 666 /dev/fuse. Or mount with mode="copy".',
+        )
 
 
 def _helper(which: Callable[[str], str | None]) -> str | None:
