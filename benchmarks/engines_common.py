@@ -64,7 +64,7 @@ class Engine:
     by_hand: Mapping[str, By]  # peers
     more: Mapping[str, Callable[[str], float]] = field(default_factory=dict)  # peers that measure themselves, by case
     fetches: bool = True  # whether programs run by hand have boto3
-    let_go: Callable[[], object] = lambda: None  # called before each first result: end what an earlier one has left open
+    let_go: Callable[[], object] = lambda: None  # before each first result: end what an earlier one left open
 
 
 def seconds(action: Callable[[], object]) -> float:

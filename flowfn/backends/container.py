@@ -140,6 +140,9 @@ class ContainerBackend(Backend):
                 if spec.memory and "memory" in self._limits():
                     told.setup["request"]["cgroup"] = True
                 if door is not None:
+                    from flowfn_runtime import shm
+
+                    assert shm  # is needed in a moment, and now there is time
                     told.setup["request"]["side_path"] = door.path
                 return told
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import socket
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowfn.backends import stream
 from flowfn.backends.base import Exit
 from flowfn.backends.container_engine import Engine, noise
 from flowfn_runtime import paths
 from flowfn_runtime.errors import FlowError
+
+if TYPE_CHECKING:
+    import socket  # whose import takes a while, and there is time when the engine runs
 
 END_S = 5.0  # how long a container may take to be gone once it was killed
 
@@ -31,16 +33,19 @@ class Door:
         self._socket: socket.socket | None = None
 
     def open(self) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_CLOEXEC)
+        import socket
+
         try:
-            self._socket.bind(f"/proc/self/fd/{folder}/{os.path.basename(self.path)}")  # however long the path is
-            self._socket.listen(1)
-            self._socket.setblocking(False)
-        except OSError:  # this filesystem has none
+            folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._socket = socket.socket(socket.AF_UNIX)
+                self._socket.bind(f"/proc/self/fd/{folder}/{os.path.basename(self.path)}")  # however long the path is
+                self._socket.listen(1)
+                self._socket.setblocking(False)
+            finally:
+                os.close(folder)
+        except OSError:  # this filesystem has none, or there are no more descriptors
             self.close()
-        finally:
-            os.close(folder)
 
     def came(self) -> socket.socket | None:
         """The worker's socket, if it came: it does so before it says hello."""
@@ -80,16 +85,11 @@ class ContainerConnection(stream.StreamConnection):
         self._asides: deque[str] = deque(maxlen=8)
         self._door = door
         run = [*engine.command, "run", f"--name={self.name}", f"--hostname={self.name}", *argv]
-        if door is not None:
-            door.open()
+        options["label"] = f"container {self.name}"
         # Podman's monitor leaves a file where it was started if a container runs out of memory.
-        try:
-            options["label"] = f"container {self.name}"
-            super().__init__(run, pass_fds=pass_fds, cwd=_directory(), **options)
-        except BaseException:
-            if door is not None:
-                door.close()
-            raise
+        super().__init__(run, pass_fds=pass_fds, cwd=_directory(), **options)
+        if door is not None:
+            door.open()  # long before the worker comes
 
     def heard(self, line: bytes) -> bool:
         text = line.decode(errors="replace")
