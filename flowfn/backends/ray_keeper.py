@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-from flowfn.backends import ray_shelf, ray_turns
+from flowfn.backends import ray_server, ray_shelf, ray_turns
 
 NAME = "tasks-2"  # the number is that of what it is asked and answers
 NAMESPACE = "flowfn"
@@ -73,10 +73,7 @@ class Keeper:
         from ray._private import worker
 
         self._shelf = ray_shelf.Shelf(os.path.join(worker._global_node.get_session_dir_path(), "flowfn"))
-        self._server: Any = None
-        self._listed: tuple[float, dict[str, dict[str, Any]]] = (-LOOK_S, {})
-        self._listing = asyncio.Lock()
-        self._submitted = 0.0  # when the last one was
+        self._server = ray_server.Server(ray_server.address)
         self._happened: dict[str, asyncio.Event] = {}
         self._turned = asyncio.Event()  # somebody's turn may have come
         self._held = {task_id: "" for task_id in self._shelf.tasks() if self._is_held(task_id)}  # and why
@@ -114,18 +111,17 @@ class Keeper:
         python = shlex.quote(sys.executable)
         command = f"p={python}; [ -x $p ] || p=python3; exec $p -c {shlex.quote(text)} {task_id}"
         try:
-            await self._jobs("submit_job", entrypoint=command, submission_id=task_id, **options)
+            await self._server.submit(entrypoint=command, submission_id=task_id, **options)
         except RuntimeError as error:
             if "already exists" not in str(error):  # this actor was killed in the middle of it
                 raise
-        self._submitted = time.monotonic()
         self._held.pop(task_id, None)
         if turn := self._shelf.json(task_id, "turn.json"):
             self._shelf.set_json(task_id, "turn.json", {**turn, "held": False})
 
     async def nodes(self) -> list[dict[str, float]]:
         """The resources of the nodes that are alive. Raises if there is no Jobs server."""
-        await self._jobs("get_version")
+        await self._server.ask("get_version")
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
     # for the job
@@ -176,7 +172,7 @@ class Keeper:
         rest = [task_id for task_id, facts in found.items() if not facts["outcome"] and "held" not in facts]
         if rest:
             try:
-                jobs = await self._list()
+                jobs = await self._server.jobs()
             except ConnectionError as error:
                 for task_id in rest:
                     found[task_id]["unknown"] = str(error)
@@ -221,7 +217,7 @@ class Keeper:
             self._end(task_id, "cancelled", reason)
             try:
                 if not held:
-                    await self._jobs("stop_job", task_id)
+                    await self._server.ask("stop_job", task_id)
             except (ConnectionError, RuntimeError):
                 pass  # it ends as soon as it starts
         self._tell(task_id)
@@ -233,7 +229,7 @@ class Keeper:
             self._tell(task_id)
             self._happened.pop(task_id, None)
             try:
-                await self._jobs("delete_job", task_id)
+                await self._server.ask("delete_job", task_id)
             except (ConnectionError, RuntimeError):
                 pass  # it is gone, or ends only now: Ray forgets old jobs by itself
         self._turned.set()
@@ -290,7 +286,7 @@ class Keeper:
         """The state that the task has ended in, if it has."""
         if task_id in self._held:
             return None
-        job = (await self._list(LOOK_S)).get(task_id)
+        job = (await self._server.jobs(LOOK_S)).get(task_id)
         # In this order: what it said before its end is read after that was seen.
         if outcome := self._shelf.json(task_id, "outcome.json"):
             state: str = outcome["state"]
@@ -316,37 +312,6 @@ class Keeper:
         except ConnectionError:
             return False
 
-    async def _list(self, age: float = 0.0) -> dict[str, dict[str, Any]]:
-        """All jobs by what they were submitted as, by one question for all; not older than `age` seconds."""
-        asked = time.monotonic()
-        async with self._listing:
-            if self._listed[0] < max(asked - age, self._submitted):
-                begun = time.monotonic()
-                fields = ("status", "message", "start_time", "end_time")
-                jobs = {
-                    job.submission_id: {field: getattr(job, field) for field in fields}
-                    for job in await self._jobs("list_jobs")
-                    if job.submission_id
-                }
-                self._listed = begun, jobs
-            return self._listed[1]
-
-    async def _jobs(self, method: str, *args: Any, **options: Any) -> Any:
-        """Ask the Jobs server."""
-
-        def ask() -> Any:
-            import requests
-
-            if self._server is None:
-                self._server = _server()
-            try:
-                return getattr(self._server, method)(*args, **options)
-            except (ConnectionError, requests.exceptions.RequestException) as error:
-                self._server = None
-                raise ConnectionError(f"Ray's Jobs server does not answer: {error}") from None
-
-        return await asyncio.to_thread(ask)
-
     def _event(self, task_id: str) -> asyncio.Event:
         return self._happened.setdefault(task_id, asyncio.Event())
 
@@ -354,27 +319,6 @@ class Keeper:
         event = self._happened.pop(task_id, None)
         if event is not None:
             event.set()
-
-
-def _server() -> Any:
-    """A client of the Jobs server of this cluster."""
-    from ray._private import ray_constants
-    from ray.experimental import internal_kv
-
-    where = internal_kv._internal_kv_get(
-        ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD
-    )
-    if not where:
-        raise ConnectionError("tasks on Ray take its Jobs server, and the cluster's head runs without the dashboard")
-    try:
-        from ray.job_submission import JobSubmissionClient
-
-        return JobSubmissionClient(f"http://{where.decode()}")
-    except (ImportError, RuntimeError, ConnectionError) as error:
-        raise ConnectionError(
-            f"tasks on Ray take its Jobs server, which does not answer on the cluster's head: {error} "
-            "(is ray[default] installed there, and the dashboard on?)"
-        ) from None
 
 
 async def _wait(event: asyncio.Event, deadline: float) -> bool:

@@ -212,10 +212,10 @@ def _connect(address: str) -> tuple[str, Any]:
     """The cluster's address for others, and its keeper, which is started if there is none."""
     import ray
 
-    from flowfn.backends import ray_keeper, ray_shelf, ray_turns
+    from flowfn.backends import ray_keeper, ray_server, ray_shelf, ray_turns
 
     ray.init(address=address, namespace=ray_keeper.NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    for module in (ray_keeper, ray_shelf, ray_turns):
+    for module in (ray_keeper, ray_server, ray_shelf, ray_turns):
         ray.cloudpickle.register_pickle_by_value(module)
     kept = ray.remote(ray_keeper.Keeper).options(
         name=ray_keeper.NAME,

@@ -152,6 +152,7 @@ class RayCluster:
         self.ids: list[str] = said["ids"]  # Ray's names of the nodes
         self.gcs: int = said["gcs"]
         self.url: str = said["url"]
+        self.dashboard: tuple[str, int] = tuple(said["dashboard"])
         return self
 
     def options(self, **more: Any) -> dict[str, Any]:
@@ -263,6 +264,7 @@ def main() -> None:
         _kill_all()
         raise
     said = {
+        "dashboard": (head.get("dashboard_host"), head.get("dashboard_port")),
         "address": cluster.address,
         "url": f"ray://{network[1] if network else '127.0.0.1'}:{head.get('ray_client_server_port')}",
         "gcs": nodes[0].all_processes[constants.PROCESS_TYPE_GCS_SERVER][0].process.pid,

@@ -89,9 +89,7 @@ def test_another_secret(door: Any, where: str) -> None:
     enter(door)
 
 
-@pytest.mark.parametrize(
-    "noise", [b"\0" * 50 + b"\n", b"\xff\xfe \n", b"x" * 100_000, b"GET / HTTP/1.1\r\n", b"\n"]
-)
+@pytest.mark.parametrize("noise", [b"\0" * 50 + b"\n", b"\xff\xfe \n", b"x" * 100_000, b"GET / HTTP/1.1\r\n", b"\n"])
 def test_noise(door: Any, noise: bytes) -> None:
     with stranger(door) as link:
         try:

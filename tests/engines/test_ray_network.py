@@ -61,11 +61,12 @@ def network() -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def cluster(network: Network) -> Iterator[RayCluster]:
     """A head with two cores, and a node with four behind the link."""
-    with ray_cluster.running(nodes=NODES, network=network, environ=ENVIRON) as made:
+    with ray_cluster.running(nodes=NODES, network=network, environ=ENVIRON, client=True) as made:
         yield made
 
 
-def test_a_worker_on_another_machine(cluster: RayCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "ray://"])
+def test_a_worker_on_another_machine(cluster: RayCluster, tmp_path: Path, outside: bool) -> None:
     script = """
     f = flow.function(backend=backend)
     assert f(network).remote() != network()
@@ -85,7 +86,9 @@ def test_a_worker_on_another_machine(cluster: RayCluster, tmp_path: Path) -> Non
     say(how())
     flow.shutdown()
     """
-    client = Client(HOW + textwrap.dedent(script), cluster, tmp_path / "client", elsewhere=True, resources={"away": 1})
+    where = {"address": None, "url": cluster.url} if outside else {}
+    options = {**where, "elsewhere": True, "resources": {"away": 1}}
+    client = Client(HOW + textwrap.dedent(script), cluster, tmp_path / "client", **options)
     client.expect("lost")
     client.expect("['RayConnection']")
     assert client.end()[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -230,6 +231,48 @@ def test_a_cluster_without_a_jobs_server(project: Path, monkeypatch: pytest.Monk
     finally:
         places.close_all()
         made.remove()
+
+
+@pytest.mark.parametrize("refused", [3, None])
+def test_a_jobs_server_that_does_not_answer(
+    cluster: RayCluster, refused: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment it is given one, and then an error; after which nobody waits again until it has answered."""
+    from flowfn.backends import ray_server
+
+    monkeypatch.setattr(ray_server, "PAUSES_S", (0.05,) * 4)
+    came = 0
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal came
+        came += 1
+        if refused is None or came <= refused:
+            writer.close()
+            return
+        there, to = await asyncio.open_connection(*cluster.dashboard)
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(pump(reader, to), pump(there, writer))
+
+    async def ask() -> None:
+        nonlocal came
+        async with await asyncio.start_server(pass_on, "127.0.0.1", 0) as between:
+            host, port = between.sockets[0].getsockname()
+            server = ray_server.Server(lambda: f"{host}:{port}")
+            if refused is not None:
+                assert (await server.ask("get_version")).isdigit()
+                return
+            for times in (5, 1):
+                came = 0
+                with pytest.raises(ConnectionError, match="does not answer on the cluster's head"):
+                    await server.ask("get_version")
+                assert came == times
+
+    asyncio.run(ask())
 
 
 def test_parts_of_the_cluster_that_are_lost(project: Path, meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
