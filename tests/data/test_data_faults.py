@@ -214,6 +214,20 @@ def test_a_listing_that_decides_and_no_longer_holds(
     source.close()
 
 
+def test_an_answer_with_another_etag_than_was_listed(s3: S3, proxy: Proxy) -> None:
+    s3.put("set/a", b"content")
+    other = Fault(headers={"etag": '"00000000000000000000000000000000"'})
+    proxy.rule = lambda request: other if request.is_get and len(proxy.gets) == 1 else None
+    with stage(s3, proxy, "set") as snapshot:  # as if it had changed: another listing decides
+        assert content(snapshot) == {"a": b"content"}
+    assert len(proxy.gets) == 2
+    s3.put("set/b", b"more")
+    proxy.rule = lambda request: other if request.is_get else None
+    with pytest.raises(DataChanged, match="its ETag is 00000000000000000000000000000000"):
+        stage(s3, proxy, "set")
+    assert clean()
+
+
 DENIED = [
     (403, "ExpiredToken", DataAccessDenied, "have expired", "AWS_SESSION_TOKEN"),
     (400, "ExpiredToken", DataAccessDenied, "have expired", "aws sso login"),
@@ -278,6 +292,16 @@ def test_an_anonymous_request_carries_no_signature(s3: S3, proxy: Proxy) -> None
     with pytest.raises(DataAccessDenied, match="denies listing") as caught:
         stage(s3, proxy, "set/", anon=True)
     assert "anonymous" in str(caught.value) and proxy.requests
+
+
+def test_who_pays_is_said_and_signed(s3: S3, proxy: Proxy) -> None:
+    s3.put("set/a", b"a")
+    with stage(s3, proxy, "set", requester_pays=True) as snapshot:
+        assert content(snapshot) == {"a": b"a"}
+    assert proxy.gets
+    for request in proxy.requests:
+        assert request.headers["x-amz-request-payer"] == "requester"
+        assert "x-amz-request-payer" in request.headers["authorization"]
 
 
 def test_an_object_can_be_read_where_listing_is_denied(s3: S3, proxy: Proxy) -> None:

@@ -34,6 +34,17 @@ def test_a_bucket_is_staged_once_and_then_costs_one_listing(s3: S3) -> None:
         assert len(proxy.gets) == 50 and len(proxy.requests) == requests + 1
 
 
+def test_a_single_object_that_is_there_costs_one_request(s3: S3) -> None:
+    mounts = parse_mounts(s3.put("models/net.pt", b"weights"))
+    with s3.proxy() as proxy:
+        env = s3.through(proxy).env
+        stage(mounts, env=env).close()
+        requests = len(proxy.requests)
+        with stage(mounts, env=env) as staged:
+            assert staged.fetched_bytes == 0
+        assert len(proxy.requests) == requests + 1 and len(proxy.gets) == 1
+
+
 def test_only_what_changed_moves(s3: S3) -> None:
     for index in range(10):
         s3.put(f"set/{index}", b"old")
