@@ -116,6 +116,10 @@ class Rank:
 def main() -> None:
     """Entry point of the program: the rank's directory, and a pipe that is open for as long as it is to run."""
     directory, alive = sys.argv[1], int(sys.argv[2])
+    if pid := os.fork():
+        # Ray kills the actor's children when it ends: this one, and who sees the pipe's end is left to end the others.
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os._exit(128 - code if code < 0 else code)
     os.set_inheritable(alive, False)
 
     def await_end() -> None:
