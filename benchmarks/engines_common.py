@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -209,10 +210,22 @@ class Source:
 
 
 @contextmanager
+def workplace(prefix: str) -> Iterator[str]:
+    """A directory with flowfn's home and cache; and the working directory is an empty project in it, until the end."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/tmp") as place:
+        os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache")
+        os.mkdir(f"{place}/project")  # what lies in it would be sent as the user's files
+        os.chdir(f"{place}/project")
+        try:
+            yield place
+        finally:
+            os.chdir(here)
+
+
+@contextmanager
 def objects() -> Iterator[Source]:
     """An S3 server on loopback."""
-    import tempfile
-
     sys.path.insert(0, str(HERE.parent / "tests"))
     from s3 import KEY, SECRET, S3Server  # type: ignore[import-not-found,unused-ignore]
 

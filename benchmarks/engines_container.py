@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 
 from common import HERE, PeerMissing, Results
-from engines_common import Engine, measure
+from engines_common import Engine, measure, workplace
 
 
 def container(results: Results, rounds: int) -> None:
@@ -21,28 +19,22 @@ def container(results: Results, rounds: int) -> None:
     if reason := podman.why_not():
         raise PeerMissing(reason)
     podman.ready()
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="bench-container-", dir="/tmp") as place:
-        os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache")
-        os.chdir(place)
+    with workplace("bench-container-"):
+        image = podman.backend().images.get(Image.from_registry(podman.BASE).pip_install("boto3"), podman.BASE)
+        options = {"image": image, "network": "host", "engine": "podman", "engine_options": podman.OPTIONS}
+        made = f"ContainerBackend(**{json.dumps(options)})"
+        first = (
+            "import flowfn as flow; from flowfn.backends.container import ContainerBackend\n"
+            f"assert flow.function(backend={made})(abs).remote(-1) == 1"
+        )
+        run = ["podman", *podman.OPTIONS, "run", "-i", "--rm", "--network=host", "--pull=never"]
+        run += ["--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096", image, "python3", "-c"]
+
+        def by_hand(program: str) -> list[str]:
+            return [*run, program]
+
+        backend = podman.backend(image=image)
         try:
-            image = podman.backend().images.get(Image.from_registry(podman.BASE).pip_install("boto3"), podman.BASE)
-            options = {"image": image, "network": "host", "engine": "podman", "engine_options": podman.OPTIONS}
-            made = f"ContainerBackend(**{json.dumps(options)})"
-            first = (
-                "import flowfn as flow; from flowfn.backends.container import ContainerBackend\n"
-                f"assert flow.function(backend={made})(abs).remote(-1) == 1"
-            )
-            run = ["podman", *podman.OPTIONS, "run", "-i", "--rm", "--network=host", "--pull=never"]
-            run += ["--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096", image, "python3", "-c"]
-
-            def by_hand(program: str) -> list[str]:
-                return [*run, program]
-
-            backend = podman.backend(image=image)
-            try:
-                measure(results, rounds, Engine("container", backend, first, {"podman run": by_hand}))
-            finally:
-                backend.close()
+            measure(results, rounds, Engine("container", backend, first, {"podman run": by_hand}))
         finally:
-            os.chdir(here)
+            backend.close()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common import HERE, PeerMissing, Results, wall_s
-from engines_common import MAP_CALLS, PART, WORKERS, Engine, measure
+from engines_common import MAP_CALLS, PART, WORKERS, Engine, measure, workplace
 
 
 @contextmanager
@@ -39,9 +38,7 @@ def cluster() -> Iterator[None]:
 
 def slurm(results: Results, rounds: int) -> None:
     """All cases, beside srun and submitit."""
-    with tempfile.TemporaryDirectory(prefix="bench-slurm-") as place, cluster():
-        os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache")
-        os.chdir(place)
+    with workplace("bench-slurm-") as place, cluster():
         import flowfn as flow
 
         def srun(program: str) -> list[str]:
@@ -49,8 +46,9 @@ def slurm(results: Results, rounds: int) -> None:
 
         def submitit(body: str) -> float:
             program = textwrap.dedent(SUBMITIT).format(place=place, workers=WORKERS) + CASES[body]
-            Path("submitit_peer.py").write_text(program)
-            return float(wall_s([sys.executable, "submitit_peer.py"])[1]) * (MAP_CALLS / PART if body == "map" else 1)
+            file = Path(place, "submitit_peer.py")
+            file.write_text(program)
+            return float(wall_s([sys.executable, str(file)])[1]) * (MAP_CALLS / PART if body == "map" else 1)
 
         first = "import flowfn as flow\nassert flow.function(abs, backend='slurm').remote(-1) == 1"
         backend = flow.Slurm(workers=WORKERS)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from common import HERE, PeerMissing, Results
-from engines_common import By, Engine, measure
+from engines_common import By, Engine, measure, workplace
 
 
 def ssh(results: Results, rounds: int) -> None:
@@ -21,18 +18,14 @@ def ssh(results: Results, rounds: int) -> None:
     if reason := sshd.why_not():
         raise PeerMissing(reason)
     server = sshd.Sshd().start()
-    here = os.getcwd()
     try:
-        with tempfile.TemporaryDirectory(prefix="bench-ssh-", dir="/tmp") as place:
-            os.environ.update(FLOW_HOME=f"{place}/home", FLOW_CACHE=f"{place}/cache")
-            os.chdir(place)
-            _ssh(results, rounds, server.url, str(server.config), server.python("boto3"), Path(place))
+        with workplace("bench-ssh-") as place:
+            _ssh(results, rounds, server.url, str(server.config), server.python("boto3"), place)
     finally:
-        os.chdir(here)
         server.remove()
 
 
-def _ssh(results: Results, rounds: int, url: str, config: str, python: str, place: Path) -> None:
+def _ssh(results: Results, rounds: int, url: str, config: str, python: str, place: str) -> None:
     from flowfn.backends.ssh import SshBackend
 
     shared = ["-o", "ControlMaster=auto", "-o", f"ControlPath={place}/ctl", "-o", "ControlPersist=60"]
