@@ -85,6 +85,23 @@ def test_all_kinds_of_functions(elsewhere: Elsewhere) -> None:
     assert elsewhere() == expected | dict.fromkeys("def", "x")
 
 
+def test_who_comes_just_when_the_last_user_goes_has_the_present_state(
+    elsewhere: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one's keeper has the volume to itself just then."""
+    expected = {}
+    for number in range(20):
+        with monkeypatch.context() as other:
+            other.setenv("FLOW_HOME", str(tmp_path / "other"))
+            last = volumes.attach("notes")
+        with volumes.attach("notes") as held:
+            Path(held.path, str(number)).write_text("x")
+            held.commit()
+        expected[str(number)] = "x"
+        last.close()
+        assert elsewhere() == expected
+
+
 def test_what_a_failed_call_wrote_is_written_back_too(elsewhere: Elsewhere) -> None:
     with pytest.raises(KeyError, match="half"):
         mounted(note).remote("half", fail=True)

@@ -64,7 +64,7 @@ def start(volume: Volume) -> None:
 def main(argv: list[str]) -> None:
     """Wait, write back, end."""
     from .. import settings
-    from ..errors import FlowError
+    from ..errors import FlowError, VolumeInUse
     from . import volume_commit, volume_db, volume_locks, volume_sync, volumes
     from .volume_bucket import Bucket
 
@@ -76,12 +76,20 @@ def main(argv: list[str]) -> None:
     bucket = Bucket(url)
     asked = (listener, lambda: volume_sync.commit(volume, bucket, in_use=True))
     threading.Thread(target=volume_commit.serve, args=asked, daemon=True).start()
-    lock = volume_locks.acquire(volume, exclusive=True, wait=True)
-    try:
-        volumes.commit(volume_id, project)
-    except FlowError as error:
-        # It stays here, and the next user's attach tries again, or says what stands against it.
-        print(error, file=sys.stderr)
-    finally:
-        fcntl.flock(turn, fcntl.LOCK_UN)
-        volume_db.release(lock)
+    while True:
+        volume_db.release(volume_locks.acquire(volume, exclusive=True, wait=True))  # sleeps while anybody uses it
+        # Who comes now waits for its turn, and then fetches what others wrote meanwhile.
+        with volume_locks.turn(volume):
+            try:
+                lock = volume_locks.acquire(volume, exclusive=True, wait=False)
+            except VolumeInUse:
+                continue
+            try:
+                volumes.commit(volume_id, project)
+            except FlowError as error:
+                # It stays here, and the next user's attach tries again, or says what stands against it.
+                print(error, file=sys.stderr)
+            finally:
+                fcntl.flock(turn, fcntl.LOCK_UN)
+                volume_db.release(lock)
+            return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import VolumeInUse, VolumeNotFound
@@ -51,22 +53,38 @@ class Attachment:
         return f"<Attachment {self.volume.label} at {self.path}{' exclusive' if self.exclusive else ''}>"
 
 
-def acquire(volume: Volume, *, exclusive: bool, wait: bool) -> int:
-    """A descriptor that holds the volume's lock. Raises `VolumeInUse` rather than wait, unless told to `wait`."""
-    path = os.path.join(os.path.dirname(volume.path), "lock")
+@contextmanager
+def turn(volume: Volume) -> Iterator[None]:
+    """One process of this host at a time begins to use a volume of a bucket, or sees that nobody does."""
+    fd = _open(volume, "turn.lock")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # children that were forked meanwhile have it, too
+        os.close(fd)
+
+
+def _open(volume: Volume, name: str) -> int:
+    path = os.path.join(os.path.dirname(volume.path), name)
     try:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a read-only home: enough for flock
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a read-only home: enough for flock
     except FileNotFoundError:
         raise VolumeNotFound(
             f"volume {volume.label} is gone: there is no {os.path.dirname(path)}", hint="was it deleted meanwhile?"
         ) from None
     except OSError as error:
         raise volume_db.explain(error) from error
+
+
+def acquire(volume: Volume, *, exclusive: bool, wait: bool) -> int:
+    """A descriptor that holds the volume's lock. Raises `VolumeInUse` rather than wait, unless told to `wait`."""
+    fd = _open(volume, "lock")
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -81,6 +99,15 @@ def acquire(volume: Volume, *, exclusive: bool, wait: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def alone(fd: int) -> bool:
+    """Whether nobody else has the lock, of which `fd` has a share: then it is this one's alone, else it may be lost."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def share(fd: int) -> None:

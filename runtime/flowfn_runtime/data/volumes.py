@@ -13,9 +13,11 @@ working copy (volume_copy): fetched when the first user on this host attaches, w
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,7 @@ __all__ = [
 
 _COLUMNS = "id, project, name, size_gb, interface, region, created_at"
 _LOG = "flowfn"
+_LOOKS, _LOOK_S = 3, 0.02  # a keeper that looks whether anybody uses a volume has its lock for a moment
 
 
 # -- the registry ------------------------------------------------------------------------------------------------------
@@ -280,21 +283,29 @@ def _acquire_copy(volume: Volume, bucket: Bucket, *, exclusive: bool, wait: bool
     """The lock on a working copy that is up to date. Where it is in use on this host, it stays as it is."""
     from . import volume_fetch
 
-    try:
-        # Alone at first: nobody may be reading while it changes.
-        fd = volume_locks.acquire(volume, exclusive=True, wait=exclusive and wait)
-    except VolumeInUse:
-        if exclusive:
-            raise
-        return volume_locks.acquire(volume, exclusive=False, wait=wait)
-    try:
-        volume_fetch.fetch(volume, bucket)
-        if not exclusive:
-            volume_locks.share(fd)
-    except BaseException:
-        volume_db.release(fd)
-        raise
-    return fd
+    for look in itertools.count():
+        # Whoever waits to have it alone does so in the kernel, in order; all others begin one after another.
+        with nullcontext() if exclusive and wait else volume_locks.turn(volume):
+            try:
+                fd = volume_locks.acquire(volume, exclusive=exclusive, wait=exclusive and wait)
+            except VolumeInUse:
+                if not wait and look == _LOOKS:
+                    raise
+            else:
+                try:
+                    if exclusive or volume_locks.alone(fd):  # else somebody may be reading it
+                        volume_fetch.fetch(volume, bucket)
+                    if not exclusive:
+                        volume_locks.share(fd)
+                except BaseException:
+                    volume_db.release(fd)
+                    raise
+                return fd
+        if wait:
+            volume_db.release(volume_locks.acquire(volume, exclusive=False, wait=True))
+        else:
+            time.sleep(_LOOK_S)
+    raise AssertionError("unreachable")
 
 
 def commit(id_or_name: str, project: str = DEFAULT_PROJECT) -> bool:
