@@ -293,7 +293,7 @@ class Pool:
                 return
         worker.close()
 
-    def _start_again_later(self, error: BaseException) -> None:
+    def _start_again_later(self, error: BaseException | None) -> None:
         """A start failed where other workers are: they go on, and it is tried again if calls wait for it then."""
         if not self._tickets:
             return
