@@ -6,7 +6,8 @@ from flowfn_runtime.data.access import Info
 from flowfn_runtime.data.globs import files
 from flowfn_runtime.data.output import Output
 from flowfn_runtime.data.partitions import Partition, partitions
-from flowfn_runtime.data.references import Dir, File, Reference, StagedPath, staged_path
+from flowfn_runtime.data.reference import Reference
+from flowfn_runtime.data.references import Dir, File, StagedPath, staged_path
 from flowfn_runtime.data.store import upload
 
 __all__ = [

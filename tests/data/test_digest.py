@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flowfn_runtime.data import digest
+from flowfn_runtime.data.connection import BUFFER_BYTES
 from flowfn_runtime.data.digest import Digest, Spares
-from flowfn_runtime.data.http1 import BUFFER_BYTES
 
 PART = 300_000
 

@@ -20,7 +20,8 @@ import pytest
 from flowfn_runtime import pickling
 from flowfn_runtime.data import store
 from flowfn_runtime.data.output import Output
-from flowfn_runtime.data.references import Dir, File, Reference, StagedPath, staged_path
+from flowfn_runtime.data.reference import Reference
+from flowfn_runtime.data.references import Dir, File, StagedPath, staged_path
 from flowfn_runtime.errors import DataChanged, DataError, DataNotFound, DataUnavailable, ValidationError
 
 

@@ -21,11 +21,12 @@ from flowfn.cli import main
 from flowfn_runtime import limits
 from flowfn_runtime.data import crew
 from flowfn_runtime.data.cache import Cache
+from flowfn_runtime.data.connection import BUFFER_BYTES
 from flowfn_runtime.data.copying import download, stream
 from flowfn_runtime.data.credentials import environment, s3_settings
 from flowfn_runtime.data.endpoint import Endpoint
 from flowfn_runtime.data.fsspec_source import FsspecSource
-from flowfn_runtime.data.http1 import BUFFER_BYTES, Pool
+from flowfn_runtime.data.http1 import Pool
 from flowfn_runtime.data.model import Progress
 from flowfn_runtime.data.s3 import Signer
 from flowfn_runtime.data.sources import S3Source, open_source

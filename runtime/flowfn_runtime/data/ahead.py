@@ -19,7 +19,7 @@ from . import access
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .references import Reference
+    from .reference import Reference
     from .staging import Staged
 
 # Smaller data is here before the other process has heard of it.
@@ -152,7 +152,7 @@ def _start() -> socket.socket:
 
 def main(number: int) -> None:
     """The other process: stage what comes, and send back its path and what holds it in the cache."""
-    from .references import _rebuild
+    from .reference import _rebuild
 
     with socket.socket(fileno=number) as worker:
         while message := worker.recv(1 << 20):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from flowfn_runtime.data.connection import Response
 from flowfn_runtime.data.endpoint import WireError
-from flowfn_runtime.data.http1 import Response
 from flowfn_runtime.data.model import Object, parse_time
 from flowfn_runtime.errors import DataChanged
 

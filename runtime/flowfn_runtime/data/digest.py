@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 
-from flowfn_runtime.data.http1 import BUFFER_BYTES
+from flowfn_runtime.data.connection import BUFFER_BYTES
 
 # As much as a processor's own cache holds while it is read and hashed.
 _PIECE_BYTES = 256 << 10

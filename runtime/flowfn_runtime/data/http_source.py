@@ -7,8 +7,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flowfn_runtime.data.answer import check_head
+from flowfn_runtime.data.connection import Response
 from flowfn_runtime.data.endpoint import Endpoint
-from flowfn_runtime.data.http1 import Asked, Pool, Response
+from flowfn_runtime.data.http1 import Asked, Pool
 from flowfn_runtime.data.model import Listing, Object, parse_time
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import Busy

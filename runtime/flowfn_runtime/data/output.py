@@ -11,7 +11,7 @@ from typing import IO, Any
 from .. import paths
 from ..errors import DataError
 from .publish import publish, remove_unless_locked
-from .references import Reference
+from .reference import Reference
 from .spec import redact
 
 

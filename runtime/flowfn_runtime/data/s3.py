@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from flowfn_runtime.data.connection import Response
 from flowfn_runtime.data.credentials import Keys, S3Settings
 from flowfn_runtime.data.endpoint import Body, Endpoint, WireError
-from flowfn_runtime.data.http1 import Asked, Pool, Response
+from flowfn_runtime.data.http1 import Asked, Pool
 from flowfn_runtime.data.model import Object, parse_time
 from flowfn_runtime.data.s3_page import Page, tag
 from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound

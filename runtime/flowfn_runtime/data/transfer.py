@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from flowfn_runtime.data.damage import Damaged, again_if_damaged, check_digest
 from flowfn_runtime.data.digest import Digest, Spares
 from flowfn_runtime.data.endpoint import WireError
 from flowfn_runtime.data.http1 import Asked
@@ -24,7 +25,7 @@ from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.data.tally import Tally, Tell
-from flowfn_runtime.errors import CallCancelled, DataChanged, DataError
+from flowfn_runtime.errors import CallCancelled
 
 PART_BYTES = 16 << 20
 # An object up to this size is one request; larger ones are fetched in parts side by side.
@@ -290,13 +291,13 @@ class _Fetch:
             if object.size is not None and position != object.size:
                 raise WireError(f"{position} of {object.size} bytes came")
             if digest:
-                _check_digest(digest.hexdigest(), object, headers, self.source)
+                check_digest(digest.hexdigest(), object, headers, self.source)
             with self.lock:
                 self.fetched += position
                 self.requests += 1
             self.tally.add(position, 0)
 
-        self.patience.attempt(_again_if_damaged(attempt))
+        self.patience.attempt(again_if_damaged(attempt))
 
     def _part(self, parts: _Parts, index: int) -> None:
         object, digest = parts.job.object, parts.digest
@@ -333,8 +334,8 @@ class _Fetch:
                 return
         try:
             if digest:
-                _check_digest(digest.result(), object, parts.headers, self.source)
-        except _Damaged as damaged:
+                check_digest(digest.result(), object, parts.headers, self.source)
+        except Damaged as damaged:
             self._from_the_start(parts, damaged)
             return
         with self.lock:
@@ -349,7 +350,7 @@ class _Fetch:
         with self.lock:
             self.held -= 1
 
-    def _from_the_start(self, parts: _Parts, damaged: _Damaged) -> None:
+    def _from_the_start(self, parts: _Parts, damaged: Damaged) -> None:
         """Fetch a large object again whose parts don't make up the listed content."""
         if parts.failures >= 2:
             raise damaged.error
@@ -360,48 +361,6 @@ class _Fetch:
             self.open_parts.add(again)
             self.lock.notify_all()
         self.parts.extend((again, index) for index in range(again.count))
-
-
-class _Damaged(WireError):
-    """All bytes came, and they are not the ones that were listed."""
-
-    def __init__(self, error: DataError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-def _again_if_damaged(attempt: Callable[[], None]) -> Callable[[], None]:
-    """Let `attempt` fail its checksum twice: a damaged transfer passes, a damaged object stays."""
-    failures = 0
-
-    def guarded() -> None:
-        nonlocal failures
-        try:
-            attempt()
-        except _Damaged as damaged:
-            failures += 1
-            if failures >= 3:
-                raise damaged.error from None
-            raise
-
-    return guarded
-
-
-def _check_digest(found: str, object: Object, headers: Mapping[str, str], source: Source) -> None:
-    if found == object.md5:
-        return
-    if "kms" in headers.get("x-amz-server-side-encryption", "") or any(
-        name.startswith("x-amz-server-side-encryption-customer") for name in headers
-    ):
-        return  # such an object's ETag only looks like its digest
-    url = redact(source.object_url(object.key))
-    raise _Damaged(
-        DataChanged(
-            f"{url} arrived with the MD5 {found}, but was listed with {object.md5}.",
-            url=url,
-            hint="The object or the way to it is damaged: compare with another copy, or upload it again.",
-        )
-    )
 
 
 def write_all(fd: int, piece: memoryview, position: int) -> None:
