@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -325,18 +327,21 @@ def test_a_disk_that_fills_up_in_mid_transfer(s3: S3, small_disk: Path, monkeypa
         s3.put(f"set/{index}", os.urandom(1 << 20))
     cache = limited(1 << 40)
 
+    filling, filled = threading.Lock(), threading.Event()
+
     def fill() -> None:
-        with open(small_disk / "other", "wb") as file:
-            try:
-                while True:
-                    os.write(file.fileno(), bytes(1 << 16))
-            except OSError:
-                pass
+        with filling:
+            if not filled.is_set():
+                with contextlib.suppress(OSError), open(small_disk / "other", "wb") as file:
+                    while True:
+                        os.write(file.fileno(), bytes(1 << 16))
+                filled.set()
 
     with s3.proxy() as proxy:
         proxy.rule = lambda request: Fault(then=fill) if len(proxy.gets) >= 2 else None
         with pytest.raises(CacheFull):
             stage(s3.through(proxy), "set", cache=cache)
+    assert filled.wait(60)
     (small_disk / "other").unlink()
     assert cache.room.used_bytes() == 0 and cache.room.free_bytes() > 7 << 20
     with stage(s3, "set", cache=cache) as snapshot:
