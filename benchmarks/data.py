@@ -400,7 +400,10 @@ def run_case(
             time.sleep(6)
         for action in args.actions:
             label = {"get": "cold", "sync": "warm", "put": "upload"}[action]
-            for peer in peer_commands(action, case, "", args.peers):
+            peers = list(peer_commands(action, case, "", args.peers))
+            # Whoever comes first after a pause pays for memory that the machine has not touched lately: not always the
+            # same one.
+            for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
                 dest = work / f"{case}-{peer}"
                 if action == "get":
                     dest.mkdir()
