@@ -314,6 +314,10 @@ class Accounting:
         """Start slurmdbd, by Slurm's configuration."""
         self._spawn(["slurmdbd", "-D"], environ)
         _wait_for(self.root / "slurmdbd.log", "started")
+        deadline = time.monotonic() + START_S
+        while not _listens(self.port):  # it says so before it listens
+            assert time.monotonic() < deadline, (self.root / "slurmdbd.log").read_text()
+            time.sleep(0.02)
 
     def _spawn(self, command: list[str], environ: Mapping[str, str]) -> None:
         command[0] = str(find(command[0]))
@@ -328,6 +332,11 @@ class Accounting:
             daemon.kill()
             daemon.wait()
         self.daemons.clear()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as visitor:
+        return visitor.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _wait_for(log: Path, words: str) -> None:

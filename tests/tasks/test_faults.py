@@ -80,7 +80,8 @@ def test_a_killed_supervisor_of_a_waiting_task(client: Flow, completed: Complete
     assert first_line(first) == "up"
     second = client.submit("echo never", mounts="volume://kept")
     third = client.submit("echo third", mounts="volume://kept")
-    while not os.path.exists(os.path.join(taskdir.task_dir(second.task_id), "pid")):
+    pid = Path(taskdir.task_dir(second.task_id), "pid")
+    while not pid.exists() or not pid.read_text():
         os.sched_yield()
     kill_supervisor(second)
     assert second.status == "failed" and third.status == "pending"
