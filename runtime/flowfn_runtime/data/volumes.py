@@ -16,19 +16,16 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import settings
 from ..errors import VolumeError, VolumeInUse, VolumeNotFound
 from ..settings import DEFAULT_PROJECT
-from . import volume_db, volume_files, volume_locks
+from . import volume_db, volume_files, volume_locks, volume_rows
 from .volume_locks import Attachment
 from .volume_model import (
     DEFAULT_SIZE_GB,
-    ID_PREFIX,
     MAX_SIZE_GB,
     Interface,
     Volume,
@@ -64,7 +61,6 @@ __all__ = [
     "usage_bytes",
 ]
 
-_COLUMNS = "id, project, name, size_gb, interface, region, created_at"
 _LOG = "flowfn"
 _LOOKS, _LOOK_S = 3, 0.02  # a keeper that looks whether anybody uses a volume has its lock for a moment
 
@@ -89,14 +85,14 @@ def create(
         check_name(name)
     check_properties(size_gb, interface, region, project)
 
-    volume = _new(name, size_gb, interface, region, project)
+    volume = volume_rows.new(name, size_gb, interface, region, project)
 
     def insert(db: sqlite3.Connection) -> Volume:
-        return (_select(db, name, project) if name else None) or _insert(db, volume)
+        return (volume_rows.select(db, name, project) if name else None) or volume_rows.insert(db, volume)
 
     if bucket := _bucket():
-        taken = bucket.create(_record(volume))
-        there = _from_record(taken) if taken else volume
+        taken = bucket.create(volume_rows.record_of(volume))
+        there = volume_rows.from_record(taken) if taken else volume
     else:
         there = volume_db.write(insert)
     if there is not volume:
@@ -123,20 +119,20 @@ def find_or_create(
     check_properties(size_gb, interface, region, project)
     if there := find(name, project):
         return there
-    volume = _new(name, size_gb, interface, region, project)
+    volume = volume_rows.new(name, size_gb, interface, region, project)
     if bucket := _bucket():
-        first = bucket.create(_record(volume))
-        return _from_record(first) if first else volume
-    return volume_db.write(lambda db: _select(db, name, project) or _insert(db, volume))
+        first = bucket.create(volume_rows.record_of(volume))
+        return volume_rows.from_record(first) if first else volume
+    return volume_db.write(lambda db: volume_rows.select(db, name, project) or volume_rows.insert(db, volume))
 
 
 def find(id_or_name: str, project: str = DEFAULT_PROJECT, *, home: str | None = None) -> Volume | None:
     """The project's volume of this id or name, or None; of another flowfn home's volumes if that is named."""
     if bucket := _bucket():
         record = (bucket.by_id if is_id(id_or_name) else bucket.by_name)(id_or_name, project)
-        return _from_record(record) if record else None
+        return volume_rows.from_record(record) if record else None
     read = volume_db.at(home).read if home else volume_db.read
-    return read(lambda db: _select(db, id_or_name, project))
+    return read(lambda db: volume_rows.select(db, id_or_name, project))
 
 
 def get(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
@@ -156,15 +152,17 @@ def get(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
 def list_volumes(project: str | None = DEFAULT_PROJECT) -> list[Volume]:
     """The project's volumes, oldest first; of all projects (of this host) if `project` is None."""
     if project is not None and (bucket := _bucket()):
-        return sorted(map(_from_record, bucket.list(project)), key=lambda volume: (volume.created_at, volume.id))
+        return sorted(
+            map(volume_rows.from_record, bucket.list(project)), key=lambda volume: (volume.created_at, volume.id)
+        )
 
     def rows(db: sqlite3.Connection) -> list[Volume]:
         found = db.execute(
-            f"SELECT {_COLUMNS} FROM volumes WHERE deleted_at IS NULL AND (?1 IS NULL OR project = ?1)"
+            f"SELECT {volume_rows.COLUMNS} FROM volumes WHERE deleted_at IS NULL AND (?1 IS NULL OR project = ?1)"
             " ORDER BY created_at, id",
             (project,),
         )
-        return [_volume(row) for row in found]
+        return [volume_rows.volume_of(row) for row in found]
 
     return volume_db.read(rows) or []
 
@@ -177,11 +175,11 @@ def delete(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
     """
     volume = get(id_or_name, project)
     # Its directory may have been lost, or not be here yet; the lock needs one.
-    _make_folder(volume)
+    volume_rows.make_folder(volume)
     fd = volume_locks.acquire(volume, exclusive=True, wait=False)
     if bucket := _bucket():
         try:
-            bucket.remove(_record(volume))
+            bucket.remove(volume_rows.record_of(volume))
             volume_files.remove_tree(os.path.dirname(volume.path))
         finally:
             volume_db.release(fd)
@@ -200,7 +198,7 @@ def delete(id_or_name: str, project: str = DEFAULT_PROJECT) -> Volume:
         volume_db.release(fd)
     if not marked:
         raise VolumeNotFound(f"volume {volume.label} was deleted meanwhile, by someone else")
-    _purge()
+    volume_rows.purge()
     return volume
 
 
@@ -223,6 +221,15 @@ def check_size(volume: Volume) -> int:
             "volume %s holds %.1f GB, more than its size of %d GB", volume.label, used / 1e9, volume.size_gb
         )
     return used
+
+
+def _bucket() -> Bucket | None:
+    url = settings.volumes()
+    if not url:
+        return None
+    from .volume_bucket import Bucket
+
+    return Bucket(url)
 
 
 # -- use ---------------------------------------------------------------------------------------------------------------
@@ -252,7 +259,7 @@ def attach(
             volume = get(id_or_name, project)
         bucket = _bucket()
         if bucket:
-            _make_folder(volume)
+            volume_rows.make_folder(volume)
             fd = _acquire_copy(volume, bucket, exclusive=exclusive, wait=wait)
         else:
             fd = volume_locks.acquire(volume, exclusive=exclusive, wait=wait)
@@ -335,85 +342,3 @@ def in_use(volume: Volume) -> bool:
     except VolumeNotFound:
         return False
     return False
-
-
-# -- storage -----------------------------------------------------------------------------------------------------------
-
-
-def _data_path(volume_id: str) -> str:
-    return os.path.join(volume_db.root(), volume_id, "data")
-
-
-def _volume(row: tuple[Any, ...]) -> Volume:
-    volume_id, project, name, size_gb, interface, region, created_at = row
-    return Volume(volume_id, project, name, size_gb, interface, region, created_at, _data_path(volume_id))
-
-
-def _select(db: sqlite3.Connection, id_or_name: str, project: str) -> Volume | None:
-    column = "id" if is_id(id_or_name) else "name"
-    row = db.execute(
-        f"SELECT {_COLUMNS} FROM volumes WHERE {column} = ? AND project = ? AND deleted_at IS NULL",
-        (id_or_name, project),
-    ).fetchone()
-    return _volume(row) if row else None
-
-
-def _new(name: str | None, size_gb: int, interface: Interface, region: str | None, project: str) -> Volume:
-    volume_id = ID_PREFIX + os.urandom(8).hex()
-    return Volume(volume_id, project, name, size_gb, interface, region, time.time(), _data_path(volume_id))
-
-
-def _insert(db: sqlite3.Connection, volume: Volume) -> Volume:
-    # The directory goes first: killed before the commit, what is left is a directory that no row names.
-    _make_folder(volume)
-    try:
-        db.execute(f"INSERT INTO volumes ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", tuple(_record(volume).values()))
-    except BaseException:
-        volume_files.remove_tree(os.path.dirname(volume.path))
-        raise
-    return volume
-
-
-def _make_folder(volume: Volume) -> None:
-    for folder in (os.path.dirname(volume_db.root()), volume_db.root(), os.path.dirname(volume.path)):
-        volume_db.made(folder)
-    try:
-        os.makedirs(volume.path, exist_ok=True)
-        lock = os.path.join(os.path.dirname(volume.path), "lock")
-        os.close(os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise volume_db.explain(error) from error
-
-
-def _bucket() -> Bucket | None:
-    url = settings.volumes()
-    if not url:
-        return None
-    from .volume_bucket import Bucket
-
-    return Bucket(url)
-
-
-def _record(volume: Volume) -> dict[str, Any]:
-    record = asdict(volume)
-    del record["path"]  # another host has another one
-    return {column: record[column] for column in _COLUMNS.split(", ")}
-
-
-def _from_record(record: Mapping[str, Any]) -> Volume:
-    try:
-        if not is_id(record["id"]) or os.sep in record["id"]:
-            raise KeyError("id")
-        return _volume(tuple(record[column] for column in _COLUMNS.split(", ")))
-    except KeyError as missing:
-        raise VolumeError(f"a record of a volume in the bucket has no valid {missing}") from None
-
-
-def _purge() -> None:
-    """Remove the files of deleted volumes: of this one, and of those whose deleter was killed."""
-    doomed = (
-        volume_db.read(lambda db: db.execute("SELECT id FROM volumes WHERE deleted_at IS NOT NULL").fetchall()) or []
-    )
-    for (volume_id,) in doomed:
-        if volume_files.remove_tree(os.path.dirname(_data_path(volume_id))):
-            volume_db.write(lambda db, gone=volume_id: db.execute("DELETE FROM volumes WHERE id = ?", (gone,)))  # type: ignore[misc]
