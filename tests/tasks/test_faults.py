@@ -123,7 +123,10 @@ def test_after_a_restart_of_the_host_nothing_reads_as_running(
     assert first_line(running) == "up"
     # What lies on the disk at this moment is all that a restart leaves.
     after = tmp_path / "after"
-    shutil.copytree(flow_home, after)
+    try:
+        shutil.copytree(flow_home, after)
+    except shutil.Error as error:
+        assert not [source for source, *_ in error.args[0] if os.path.exists(source)]  # temporary ones that went
     running.cancel()
     queued.cancel()
     with sqlite3.connect(after / "tasks" / "registry.db") as db:
