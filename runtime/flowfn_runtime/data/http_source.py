@@ -12,7 +12,7 @@ from flowfn_runtime.data.endpoint import Endpoint
 from flowfn_runtime.data.http1 import Asked, Pool
 from flowfn_runtime.data.model import Listing, Object, parse_time
 from flowfn_runtime.data.retry import Patience
-from flowfn_runtime.data.s3 import Busy
+from flowfn_runtime.data.s3_errors import Busy
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound
 

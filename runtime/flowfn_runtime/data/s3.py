@@ -18,19 +18,17 @@ from urllib.parse import quote, urlsplit
 
 from flowfn_runtime.data.connection import Response
 from flowfn_runtime.data.credentials import Keys, S3Settings
-from flowfn_runtime.data.endpoint import Body, Endpoint, WireError
+from flowfn_runtime.data.endpoint import Body, Endpoint
 from flowfn_runtime.data.http1 import Asked, Pool
 from flowfn_runtime.data.model import Object, parse_time
+from flowfn_runtime.data.s3_errors import Busy, Refusal, meaning
 from flowfn_runtime.data.s3_page import Page, tag
-from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound
+from flowfn_runtime.errors import DataError
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _SAFE = "-._~"
 PAGE_KEYS = 1000
-
-
-class Busy(WireError):
-    """The server asks for patience (500, 503 SlowDown, 429): worth another try later."""
+_MALFORMED = "AuthorizationHeaderMalformed"
 
 
 class Signer:
@@ -289,69 +287,13 @@ class S3:
         text = response.read().decode("utf-8", "replace")
         code, message = tag(text, "Code"), tag(text, "Message")
         status, url, where = response.status, self.url(key), self._where()
-        told = message or code or f"status {status}"
         if self._follow_region(response, text, code):
             return Busy(f"the bucket is in {self._settings.region}")
-        if code in _PATIENCE or status >= 500 or status == 429:
-            return Busy(f"{url}: the server answers {status} {code or ''}".rstrip())
-        if code == "NoSuchBucket" or (status == 404 and action == "list"):
-            return DataNotFound(
-                f"There is no bucket {self.bucket!r} at {where}.",
-                url=url,
-                hint="Check the spelling, and the endpoint (AWS_ENDPOINT_URL_S3, or endpoint_url= in storage_options).",
-            )
-        if status == 404:
-            if pinned:
-                return DataChanged(
-                    f"{url} was deleted after it was listed.", url=url, hint="Run again: a new listing decides."
-                )
-            return DataNotFound(f"There is no object {url}.", url=url, hint=f"flow data ls {_parent(url)}")
-        if status in (412, 416):
-            return DataChanged(
-                f"{url} is not the version that was listed.", url=url, hint="Run again: a new listing decides."
-            )
-        if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException") or (
-            status in (301, 307, 400) and not code
-        ):
-            return DataError(
-                f"{url}: the bucket is not served by the region {self._settings.region} ({told}).",
-                url=url,
-                hint="Set AWS_REGION to the bucket's region (or region= in storage_options).",
-            )
-        if code == "InvalidAccessKeyId":
-            return DataAccessDenied(
-                f"{url}: {where} does not know this access key.",
-                url=url,
-                hint="Check AWS_ACCESS_KEY_ID, and that it belongs to this endpoint.",
-            )
-        if code == "SignatureDoesNotMatch":
-            return DataAccessDenied(
-                f"{url}: the secret does not fit the access key.", url=url, hint="Check AWS_SECRET_ACCESS_KEY."
-            )
-        if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"):
-            return DataAccessDenied(
-                f"{url}: the credentials have expired.",
-                url=url,
-                hint="Renew them (for instance aws sso login), or pass a new AWS_SESSION_TOKEN.",
-            )
-        if code in ("InvalidToken", "InvalidClientTokenId"):
-            return DataAccessDenied(
-                f"{url}: the session token is not valid.",
-                url=url,
-                hint="Check AWS_SESSION_TOKEN; unset it if the key is a permanent one.",
-            )
-        if code == "RequestTimeTooSkewed":
-            return DataAccessDenied(
-                f"{url}: this machine's clock differs too much from the server's.", url=url, hint="Set the clock."
-            )
-        if status in (401, 403):
-            if self._settings.keys is None:
-                hint = "The request was anonymous: give credentials, or leave out anon=True."
-            else:
-                hint = f"The credentials work but do not reach this: allow {_PERMISSIONS[action]}."
-            what = f"listing {url}" if action == "list" else f"{action} access to {url}"
-            return DataAccessDenied(f"{where} denies {what} ({told}).", url=url, hint=hint)
-        return DataError(f"{url}: {where} answers {status}: {told}", url=url)
+        return meaning(
+            Refusal(status, code, message, url, where, self.bucket, self._settings.region, self._settings.keys is None),
+            action=action,
+            pinned=pinned,
+        )
 
     def _follow_region(self, response: Response, text: str, code: str) -> bool:
         """Go to the region that the server names, if it names another one than was used. True if it did."""
@@ -367,18 +309,6 @@ class S3:
         return self._settings.endpoint or f"Amazon S3 ({self._settings.region})"
 
 
-_PERMISSIONS = {
-    "list": "s3:ListBucket on the bucket",
-    "read": "s3:GetObject on the key",
-    "write": "s3:PutObject on the key",
-    "delete": "s3:DeleteObject on the key",
-}
-_MALFORMED = "AuthorizationHeaderMalformed"
-_PATIENCE = frozenset(
-    {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "OperationAborted"}
-)
-
-
 def object_of(key: str, headers: Mapping[str, Any]) -> Object:
     return Object(
         key=key,
@@ -391,7 +321,3 @@ def object_of(key: str, headers: Mapping[str, Any]) -> Object:
 
 def _is_dns(bucket: str) -> bool:
     return re.fullmatch(r"[a-z0-9][a-z0-9\-]{1,61}[a-z0-9]", bucket) is not None
-
-
-def _parent(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[0] + "/"
