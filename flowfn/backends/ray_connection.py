@@ -17,6 +17,7 @@ import ray.exceptions
 from flowfn.backends import ray_lease, stream
 from flowfn.backends.base import Connection, Exit
 from flowfn.backends.ray_door import GONE, Lease
+from flowfn.backends.ray_gate import gate
 from flowfn_runtime import wire
 
 EXIT_S = 5.0  # how long a relayed worker's actor may take to say how it ended
@@ -151,7 +152,8 @@ class RayStream:
                 return
             kept, self._kept = self._kept, []
             try:
-                self._actor.feed.remote(kept, list(map(ray_lease.out_of_band, buffers)))
+                with gate:
+                    self._actor.feed.remote(kept, list(map(ray_lease.out_of_band, buffers)))
             except GONE as error:
                 raise EOFError(summary(error)) from None
 
@@ -160,9 +162,10 @@ class RayStream:
             if self._closed:
                 raise EOFError("the connection was closed")
             try:
-                if self._taking is None:
-                    self._taking = self._actor.take.remote()
-                frames, self._taking = ray.get(self._taking), self._actor.take.remote()
+                with gate:
+                    if self._taking is None:
+                        self._taking = self._actor.take.remote()
+                    frames, self._taking = ray.get(self._taking), self._actor.take.remote()
             except GONE as error:
                 raise EOFError(summary(error)) from None
             if not frames:
@@ -212,7 +215,8 @@ class RelayedConnection(Connection):
 
     def _ask(self, timeout: float) -> Exit:
         try:
-            said = ray.get(self._actor.exit.remote(), timeout=timeout).decode(errors="replace")
+            with gate:
+                said = ray.get(self._actor.exit.remote(), timeout=timeout).decode(errors="replace")
         except ray.exceptions.GetTimeoutError:
             return Exit(detail="its Ray actor does not answer")
         except GONE as error:
@@ -231,10 +235,10 @@ class RelayedConnection(Connection):
 
 def end(actor: Any) -> None:
     """End an actor. Its worker's program sees it go, and ends the worker with all that it started."""
-    if not ray.is_initialized():
-        return
     try:
-        ray.kill(actor, no_restart=True)
+        with gate:
+            if ray.is_initialized():
+                ray.kill(actor, no_restart=True)
     except (*GONE, ValueError, RuntimeError):
         pass  # it is gone, or Ray is
 

@@ -22,6 +22,7 @@ import ray
 import ray.exceptions
 
 from flowfn.backends import openssh, ray_lease
+from flowfn.backends.ray_gate import gate
 
 GONE = (ray.exceptions.RayError, ConnectionError)
 SECRET_S = 5.0  # how long a visitor may take to say who it is
@@ -82,10 +83,12 @@ class Lease:
             handed_in, self.handed_in = self.handed_in, None
         if handed_in is not None:
             _close(handed_in[1])
-        if self.reference is None or self.over.is_set() or not ray.is_initialized():
+        if self.reference is None or self.over.is_set():
             return
         try:
-            ray.cancel(self.reference)
+            with gate:
+                if ray.is_initialized():
+                    ray.cancel(self.reference)
         except (*GONE, ValueError, TypeError, RuntimeError):
             pass  # it was over, or Ray is
 

@@ -17,12 +17,14 @@ import ray.exceptions
 from flowfn import threads
 from flowfn.backends import ray_connection, ray_door
 from flowfn.backends.base import Connection
+from flowfn.backends.ray_gate import gate
 from flowfn.backends.ray_talk import knock
 from flowfn_runtime.errors import BackendUnavailable
 
 WATCH_S = 5.0  # how often it is looked whether the cluster's head is there
 HEAD_S = 5.0  # how long a head that was there may be gone
 LOOK_S = 0.25
+END_S = 5.0  # for those who use the connection to be done with it
 CONNECTS = 3  # attempts to be connected through `ray://`
 
 
@@ -80,9 +82,14 @@ class Session:
     def close(self) -> None:
         """End the connection, if it is ours."""
         with self._lock:
-            if self._ours:
-                self._ours = False
-                ray.shutdown()
+            ours, self._ours = self._ours, False
+        if ours:
+            gate.shut(END_S)
+            try:
+                with self._lock:
+                    ray.shutdown()
+            finally:
+                gate.open()
 
     def forget(self) -> None:
         """In a forked child: Ray is the parent's, and can't be used here."""
@@ -92,9 +99,10 @@ class Session:
     def nodes(self) -> list[Mapping[str, float]]:
         """The resources of the nodes that are alive."""
         self.open()
-        self.look_up()
         try:
-            return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            with gate:
+                self.look_up()
+                return [node["Resources"] for node in ray.nodes() if node["Alive"]]
         except ray_door.GONE as error:
             raise self.lost(error) from error
 
@@ -165,8 +173,11 @@ class Session:
                     self._watched = False
                     return
             try:
-                self.look_up()
-                dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+                with gate:
+                    if not ray.is_initialized():
+                        continue
+                    self.look_up()
+                    dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
                 lost = [connection for connection in open_now if connection.said_first["node"] in dead]
             except (BackendUnavailable, *ray_door.GONE):
                 lost = open_now

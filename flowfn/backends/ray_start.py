@@ -17,6 +17,7 @@ import ray.exceptions
 
 from flowfn import terminal
 from flowfn.backends import ray_connection, ray_door, ray_lease, ray_resources, ray_session, stream
+from flowfn.backends.ray_gate import gate
 from flowfn.bundle import bundle
 from flowfn_runtime.errors import BackendUnavailable, ResourceUnavailable
 
@@ -98,15 +99,8 @@ class Starter:
                 "environ": {"FLOW_CACHE": self._cache} if self._cache else {},
                 "drop": [] if wanted.spec.cpu else ["OMP_NUM_THREADS"],  # Ray sets it by what a task asks for
             }
-            if self._direct:
-                lodged = self._lodge(wanted, order, [])
-                if lodged == {"lacks": order["digest"]}:  # most nodes have it: it is packed when one does not
-                    lodged = self._lodge(wanted, order, [self._runtime()])
-                if not isinstance(lodged, dict):
-                    return lodged
-                self._far.add(lodged["node"])
-                wanted = wanted._replace(options={**wanted.options, "scheduling_strategy": _on(lodged["node"])})
-            return self._relay(wanted, order, [self._runtime()])
+            with gate:
+                return self._start(wanted, order)
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise BackendUnavailable(
                 f"Ray can't make the environment of a worker: {error}",
@@ -121,6 +115,17 @@ class Starter:
             ) from error
         except ray_door.GONE as error:
             raise self._session.lost(error) from error
+
+    def _start(self, wanted: Wanted, order: dict[str, Any]) -> Any:
+        if self._direct:
+            lodged = self._lodge(wanted, order, [])
+            if lodged == {"lacks": order["digest"]}:  # most nodes have it: it is packed when one does not
+                lodged = self._lodge(wanted, order, [self._runtime()])
+            if not isinstance(lodged, dict):
+                return lodged
+            self._far.add(lodged["node"])
+            wanted = wanted._replace(options={**wanted.options, "scheduling_strategy": _on(lodged["node"])})
+        return self._relay(wanted, order, [self._runtime()])
 
     def _runtime(self) -> Any:
         """A reference to the runtime in Ray's object store; put there once."""
