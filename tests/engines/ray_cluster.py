@@ -172,6 +172,9 @@ class RayCluster:
         return b"".join(map(_command, self.processes()))
 
     def remove(self) -> None:
+        """Safe to repeat."""
+        if self.process.returncode is not None:
+            return
         left = self.processes()
         assert self.process.stdin and self.process.stdout
         self.process.stdin.close()

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray_cluster
 from ray_cluster import RayCluster, wait_until
 
 import flowfn as flow
+from flowfn import places
 
 NODES: list[dict[str, Any]] = [{"num_cpus": 2}, {"num_cpus": 2}, {"num_cpus": 2}]
 
@@ -33,20 +34,11 @@ def say(text):
 """
 
 
-@pytest.fixture
-def clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayCluster]]:
-    engines.need(ray_cluster.why_not())
-    for name, value in ray_cluster.ENVIRON.items():
-        monkeypatch.setenv(name, value)
-    made: list[RayCluster] = []
-
-    def make(nodes: list[dict[str, Any]] = NODES, **options: Any) -> RayCluster:
-        made.append(RayCluster(nodes, **options).start())
-        return made[-1]
-
-    yield make
-    for cluster in made:
-        cluster.remove()
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """For all that breaks nothing of it; and for those after that, which break one part after the other."""
+    with ray_cluster.running(nodes=NODES, client=True) as made:
+        yield made
 
 
 class Client:
@@ -92,77 +84,42 @@ class Client:
         return self.process.returncode, said
 
 
-SPREAD = """
-items = range(60)
-
-@flow.function(backend=backend, max_workers=6, cpu=1)
-def work(n):
-    import os, time
-    with open(f"{folder}/{{n}}-{{os.getpid()}}", "w") as file:
-        file.write(str(os.getppid()))
-    time.sleep(0.1)
-    return n * n
-
-results = []
-for value in work.map(items):
-    results.append(value)
-    if len(results) == 12:
-        say("under way")
-assert results == [n * n for n in items], results
-say("all there")
-flow.shutdown()
-"""
+def test_no_cluster_at_the_address() -> None:
+    engines.need(ray_cluster.why_not())
+    with pytest.raises(flow.BackendUnavailable, match="no Ray cluster"):
+        flow.function(backend="ray://127.0.0.1:1")(abs).remote(-1)
 
 
-def test_a_node_that_is_killed_in_the_middle_of_a_map(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:
-    cluster = clusters()
-    folder = tmp_path / "ran"
-    folder.mkdir()
-    client = Client(SPREAD.format(folder=folder), cluster, tmp_path / "client", spread=True)
-    client.expect("under way")
-    of_nodes = {ray_cluster.raylet_of(pid) for pid in cluster.workers()}
-    assert len(of_nodes & set(cluster.raylets)) >= 2, "the workers are not spread over the nodes"
-    os.kill(cluster.raylets[2], signal.SIGKILL)
-    client.expect("all there")
-    status, said = client.end()
-    assert status == 0, said
-    # What had a result is not run again; only what ran on the node at that moment is.
-    ran = [int(path.name.partition("-")[0]) for path in folder.iterdir()]
-    assert set(ran) == set(range(60)) and len(ran) <= 60 + 2 * 2
-    wait_until(lambda: not cluster.workers(), "workers are left")
+def test_a_cluster_without_a_jobs_server(cluster: RayCluster) -> None:
+    from flowfn.backends.ray import RayBackend
+
+    backend = RayBackend(**cluster.options())
+    try:
+        with pytest.raises(flow.BackendUnavailable, match="Jobs server"):
+            flow.function(backend=backend)(len).submit()
+    finally:
+        places.close_all()
 
 
-def test_the_ray_process_of_a_worker_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:
-    cluster = clusters([{"num_cpus": 2}])
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    script = f"""
-    @flow.function(backend=backend)
-    def f():
-        import os, time
-        number = len(os.listdir({str(marks)!r}))
-        open(f"{marks}/{{number}}", "w").write(str(os.getpid()))
-        while number == 0:
-            time.sleep(0.1)
-        return number
-
-    say(f.remote())
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
+def test_rays_client_leads_there(cluster: RayCluster, tmp_path: Path, direct: bool) -> None:
+    """`ray://`: a process that is no part of the cluster."""
+    script = """
+    double = flow.function(backend=backend)(lambda x: 2 * x)
+    assert list(double.map(range(500))) == [2 * n for n in range(500)]
+    data = os.urandom(1 << 22)
+    assert flow.function(backend=backend)(lambda data: data).remote(data) == data
+    say("all there")
     flow.shutdown()
     """
-    client = Client(script, cluster, tmp_path / "client")
-    wait_until(lambda: (marks / "0").exists() and (marks / "0").read_text(), "the call did not begin")
-    worker = int((marks / "0").read_text())
-    [task] = [pid for pid in cluster.processes() if ray_cluster._command(pid).startswith(b"ray::lodge")]
-    os.kill(task, signal.SIGKILL)
-    client.expect("1")
+    client = Client(script, cluster, tmp_path / "client", address=None, url=cluster.url, direct=direct)
+    client.expect("all there")
     assert client.end()[0] == 0
-    wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker outlived Ray's process")
     wait_until(lambda: not cluster.workers(), "workers are left")
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
-def test_a_client_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path, direct: bool) -> None:
-    cluster = clusters([{"num_cpus": 4}])
+def test_a_client_that_is_killed(cluster: RayCluster, tmp_path: Path, direct: bool) -> None:
     script = """
     @flow.function(backend=backend)
     def f():
@@ -189,8 +146,153 @@ def test_a_client_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: 
     wait_until(lambda: b"sleep\x00616" not in cluster.commands(), "more is left")
 
 
-def test_a_head_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Path) -> None:
-    cluster = clusters([{"num_cpus": 2}])
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A directory of 24 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_full_disk(small: Path, tmp_path: Path) -> None:
+    with ray_cluster.running(nodes=[{"num_cpus": 2}]) as cluster:  # a cluster sees what was mounted before it
+        fill(cluster, small, tmp_path)
+
+
+def fill(cluster: RayCluster, small: Path, tmp_path: Path) -> None:
+    script = f"""
+    filler = {str(small / "filler")!r}
+    with open(filler, "wb") as file:
+        file.write(bytes((24 << 20) - (64 << 10)))
+    f = flow.function(backend=backend)(lambda: 1)
+    try:
+        f.remote()
+    except flow.BackendUnavailable as error:
+        print(error, file=sys.stderr)
+        say("No space left" in str(error) or "is full" in str(error))
+    os.unlink(filler)
+    say(f.remote())
+    flow.shutdown()
+    """
+    client = Client(script, cluster, tmp_path / "client", cache=str(small))
+    client.expect("True")
+    client.expect("1")
+    assert client.end()[0] == 0
+
+
+def test_the_ray_process_of_a_worker_is_killed(cluster: RayCluster, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    script = f"""
+    @flow.function(backend=backend)
+    def f():
+        import os, time
+        number = len(os.listdir({str(marks)!r}))
+        open(f"{marks}/{{number}}", "w").write(str(os.getpid()))
+        while number == 0:
+            time.sleep(0.1)
+        return number
+
+    say(f.remote())
+    flow.shutdown()
+    """
+    client = Client(script, cluster, tmp_path / "client")
+    wait_until(lambda: (marks / "0").exists() and (marks / "0").read_text(), "the call did not begin")
+    worker = int((marks / "0").read_text())
+    [task] = [pid for pid in cluster.processes() if ray_cluster._command(pid).startswith(b"ray::lodge")]
+    os.kill(task, signal.SIGKILL)
+    client.expect("1")
+    assert client.end()[0] == 0
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the worker outlived Ray's process")
+    wait_until(lambda: not cluster.workers(), "workers are left")
+
+
+def test_a_node_that_is_drained(tmp_path: Path) -> None:
+    """What runs there goes on; what is new goes elsewhere."""
+    with ray_cluster.running(nodes=[{"num_cpus": 0}, {"num_cpus": 2}, {"num_cpus": 2}]) as cluster:
+        drain(cluster, tmp_path)
+
+
+def drain(cluster: RayCluster, tmp_path: Path) -> None:
+    script = f"""
+    def raylet(hold=False):
+        import os
+        found = os.environ["RAY_RAYLET_PID"]
+        if hold:
+            with open({str(tmp_path / "begun")!r}, "w") as file:
+                file.write(found)
+            with open({str(tmp_path / "go on")!r}):
+                pass
+        return int(found)
+
+    where = flow.function(backend=backend, cpu=1)(raylet)
+    running = where.spawn(True)
+    say("started")
+    with open({str(tmp_path / "drained")!r}):
+        pass
+    there = [where.options(env={{"N": str(n)}}).remote() for n in range(2)]
+    say(there)
+    os.close(os.open({str(tmp_path / "go on")!r}, os.O_WRONLY))
+    say(running.result())
+    flow.shutdown()
+    """
+    for name in ("begun", "drained", "go on"):
+        os.mkfifo(tmp_path / name)
+    client = Client(script, cluster, tmp_path / "client")
+    client.expect("started")
+    drained = cluster.raylets.index(int((tmp_path / "begun").read_text()))
+    asked = ["--node-id", cluster.ids[drained], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    program = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, *asked]
+    subprocess.run([*program, "--deadline-remaining-seconds", "600"], check=True, capture_output=True)
+    (tmp_path / "drained").write_text("")
+    other = cluster.raylets[3 - drained]
+    client.expect(str([other, other]))
+    client.expect(str(cluster.raylets[drained]))
+    assert client.end()[0] == 0
+
+
+SPREAD = """
+items = range(60)
+
+@flow.function(backend=backend, max_workers=6, cpu=1)
+def work(n):
+    import os, time
+    with open(f"{folder}/{{n}}-{{os.getpid()}}", "w") as file:
+        file.write(str(os.getppid()))
+    time.sleep(0.1)
+    return n * n
+
+results = []
+for value in work.map(items):
+    results.append(value)
+    if len(results) == 12:
+        say("under way")
+assert results == [n * n for n in items], results
+say("all there")
+flow.shutdown()
+"""
+
+
+def test_a_node_that_is_killed_in_the_middle_of_a_map(cluster: RayCluster, tmp_path: Path) -> None:
+    folder = tmp_path / "ran"
+    folder.mkdir()
+    client = Client(SPREAD.format(folder=folder), cluster, tmp_path / "client", spread=True)
+    client.expect("under way")
+    of_nodes = {ray_cluster.raylet_of(pid) for pid in cluster.workers()}
+    assert len(of_nodes & set(cluster.raylets)) >= 2, "the workers are not spread over the nodes"
+    os.kill(max(of_nodes & set(cluster.raylets[1:])), signal.SIGKILL)
+    client.expect("all there")
+    status, said = client.end()
+    assert status == 0, said
+    # What had a result is not run again; only what ran on the node at that moment is.
+    ran = [int(path.name.partition("-")[0]) for path in folder.iterdir()]
+    assert set(ran) == set(range(60)) and len(ran) <= 60 + 2 * 2
+    wait_until(lambda: not cluster.workers(), "workers are left")
+
+
+def test_a_head_that_is_killed(cluster: RayCluster, tmp_path: Path) -> None:
     script = """
     @flow.function(backend=backend)
     def f(seconds):
@@ -212,27 +314,4 @@ def test_a_head_that_is_killed(clusters: Callable[..., RayCluster], tmp_path: Pa
     os.kill(cluster.raylets[0], signal.SIGKILL)
     client.expect("clear: BackendUnavailable")
     client.end()
-    wait_until(lambda: not cluster.workers(), "workers are left")
-
-
-def test_no_cluster_at_the_address(clusters: Callable[..., RayCluster]) -> None:
-    with pytest.raises(flow.BackendUnavailable, match="no Ray cluster"):
-        flow.function(backend="ray://127.0.0.1:1")(abs).remote(-1)
-
-
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "relayed"])
-def test_rays_client_leads_there(clusters: Callable[..., RayCluster], tmp_path: Path, direct: bool) -> None:
-    """`ray://`: a process that is no part of the cluster."""
-    cluster = clusters([{"num_cpus": 2}], client=True)
-    script = """
-    double = flow.function(backend=backend)(lambda x: 2 * x)
-    assert list(double.map(range(500))) == [2 * n for n in range(500)]
-    data = os.urandom(1 << 22)
-    assert flow.function(backend=backend)(lambda data: data).remote(data) == data
-    say("all there")
-    flow.shutdown()
-    """
-    client = Client(script, cluster, tmp_path / "client", address=None, url=cluster.url, direct=direct)
-    client.expect("all there")
-    assert client.end()[0] == 0
     wait_until(lambda: not cluster.workers(), "workers are left")

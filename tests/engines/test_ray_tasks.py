@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import engines
 import pytest
 import ray_cluster
 from ray_cluster import RayCluster, wait_until
@@ -44,7 +43,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module")
 def started() -> Iterator[RayCluster]:
-    with ray_cluster.running(jobs=True) as made:
+    with ray_cluster.running(jobs=True, client=True) as made:
         yield made
         places.close_all()
 
@@ -220,19 +219,6 @@ def test_what_is_refused(cluster: RayCluster) -> None:
         assert client.list_tasks() == []
 
 
-def test_a_cluster_without_a_jobs_server(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engines.need(ray_cluster.why_not())
-    for name, value in ray_cluster.ENVIRON.items():
-        monkeypatch.setenv(name, value)
-    made = RayCluster([{}])
-    try:
-        with pytest.raises(flow.BackendUnavailable, match="Jobs server"):
-            submit(made.start(), len)
-    finally:
-        places.close_all()
-        made.remove()
-
-
 @pytest.mark.parametrize("refused", [3, None])
 def test_a_jobs_server_that_does_not_answer(
     cluster: RayCluster, refused: int | None, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +234,7 @@ def test_a_jobs_server_that_does_not_answer(
         came += 1
         if refused is None or came <= refused:
             writer.close()
+            await writer.wait_closed()
             return
         there, to = await asyncio.open_connection(*cluster.dashboard)
 
@@ -272,33 +259,12 @@ def test_a_jobs_server_that_does_not_answer(
                     await server.ask("get_version")
                 assert came == times
 
-    asyncio.run(ask())
+    async def run() -> None:
+        await ask()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)  # connections are closed before the loop ends
 
-
-def test_parts_of_the_cluster_that_are_lost(project: Path, meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
-    engines.need(ray_cluster.why_not())
-    for name, value in ray_cluster.ENVIRON.items():
-        monkeypatch.setenv(name, value)
-    made = RayCluster(ray_cluster.NODES[:2], jobs=True, client=True)
-    try:
-        made.start()
-        on_node = submit(made, make_work(meeting), gpu="h100")
-        on_head = submit(made, make_work(meeting), made.url, gpu="a100")  # by Ray's client
-        met = [meeting.next(), meeting.next()]
-        os.kill(made.raylets[1], signal.SIGKILL)
-        with pytest.raises(flow.TaskFailed, match="its Ray job ended without a word"):
-            on_node.result(2 * WAIT_S)
-        assert on_node.logs() == "begun\n"  # it was kept elsewhere
-        assert on_head.status == "running"
-        made.remove()
-        assert on_head.refresh().status == "running"  # nobody can say otherwise
-        assert "this is what was known when ray answered last; now: " in on_head.reason
-        for one in met:
-            one.wait_for_end()
-    finally:
-        places.close_all()
-        if made.root.exists():
-            made.remove()
+    asyncio.run(run())
 
 
 # Ranks meet, and say below which process of Ray each of them runs.
@@ -476,6 +442,24 @@ class TestOrder:
             os.kill(keeper, signal.SIGKILL)
             met.let_go()
             assert second.wait(WAIT_S).logs() == "second\n"
+
+
+def test_parts_of_the_cluster_that_are_lost(started: RayCluster, project: Path, meeting: Meeting) -> None:
+    """A node, and then all of it: no test after this one has a cluster."""
+    cluster = started
+    on_node = submit(cluster, make_work(meeting), gpu="h100")
+    on_head = submit(cluster, make_work(meeting), cluster.url, gpu="a100")  # by Ray's client
+    met = [meeting.next(), meeting.next()]
+    os.kill(cluster.raylets[1], signal.SIGKILL)
+    with pytest.raises(flow.TaskFailed, match="its Ray job ended without a word"):
+        on_node.result(2 * WAIT_S)
+    assert on_node.logs() == "begun\n"  # it was kept elsewhere
+    assert on_head.status == "running"
+    cluster.remove()
+    assert on_head.refresh().status == "running"  # nobody can say otherwise
+    assert "this is what was known when ray answered last; now: " in on_head.reason
+    for one in met:
+        one.wait_for_end()
 
 
 class TestJudging:
