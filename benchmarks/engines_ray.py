@@ -1,8 +1,11 @@
 """Ray by hand beside flowfn on it, on a Ray of this machine: tasks (`ray task`) and actors (`ray actor`).
 
+Then once more on a cluster whose workers are on a second node, in a network of its own behind a link, as root; there
+flowfn reaches its workers by TCP, and for comparison they are relayed by Ray.
+
 For `engines.py`, which calls `ray`. By itself:
 
-    python benchmarks/engines_ray.py [--rounds 5]
+    python benchmarks/engines_ray.py [--rounds 5] [--second-node]
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from common import PeerMissing, Results, in_turn
+from common import HERE, PeerMissing, Results, in_turn
 
 MAP_CALLS = 10_000
 TASKS_OF_MAP = 1000  # with a raw task each this part is done, and the whole taken to be ten times as long
@@ -43,6 +46,90 @@ def ray(results: Results, rounds: int) -> None:
             _warm(results, rounds, raw, numpy)
         finally:
             raw.shutdown()
+    second_node(results, rounds)
+
+
+def second_node(results: Results, rounds: int) -> None:
+    """First result, warm call, and a payload there and back, where the nodes are other machines."""
+    import numpy
+    import ray as raw
+
+    sys.path.insert(0, str(HERE.parent / "tests" / "engines"))
+    import ray_cluster
+
+    if os.getuid() != 0:
+        raise PeerMissing("a second node in a network of its own takes root")
+    store = {"object_store_memory": 3 << 30}
+    nodes: list[dict[str, Any]] = [{"num_cpus": 0, **store}, {"num_cpus": 2 * WORKERS, "away": True, **store}]
+    network = ray_cluster.Network()
+    os.environ.update(ray_cluster.ENVIRON)
+    raw.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cluster = ray_cluster.RayCluster(nodes, network=network)
+    os.environ.update(XDG_RUNTIME_DIR=str(cluster.sockets), FLOW_HOME=str(cluster.home))
+    os.mkdir(cluster.root / "project")
+    os.chdir(cluster.root / "project")
+    try:
+        network.make()
+        cluster.start()
+        _on_second_node(results, rounds, raw, numpy, cluster)
+    finally:
+        raw.shutdown()
+        cluster.remove()
+        network.remove()
+
+
+def _on_second_node(results: Results, rounds: int, raw: Any, numpy: Any, cluster: Any) -> None:
+    import flowfn as flow
+    from flowfn.backends.ray import RayBackend
+
+    def again() -> None:
+        flow.shutdown()
+        raw.shutdown()
+        raw.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def first(call: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            again()
+            return _seconds(call)
+
+        return run
+
+    direct, relayed = (RayBackend(**cluster.options(direct=direct)) for direct in (True, False))
+    case = "ray, second node: {}".format
+    _case(
+        results,
+        case("first result"),
+        rounds,
+        {
+            "flowfn": first(lambda: flow.function(backend=direct)(magnitude).remote(-1)),
+            "flowfn, relayed": first(lambda: flow.function(backend=relayed)(magnitude).remote(-1)),
+            "ray task": first(lambda: raw.get(raw.remote(magnitude).remote(-1))),
+            "ray actor": first(lambda: raw.get(raw.remote(Actor).remote().magnitude.remote(-1))),
+        },
+    )
+    again()
+    array = numpy.arange(PAYLOAD_MIB << 17, dtype=numpy.float64)
+    task, actor = raw.remote(same), raw.remote(num_cpus=1)(Actor).remote()
+    calls: dict[str, Callable[[Any], Any]] = {
+        "flowfn": flow.function(backend=direct)(same).remote,
+        "flowfn, relayed": flow.function(backend=relayed)(same).remote,
+        "ray task": lambda value: raw.get(task.remote(value)),
+        "ray actor": lambda value: raw.get(actor.same.remote(value)),
+    }
+    for what, value, count in (("warm call", -1, WARM_CALLS), (f"{PAYLOAD_MIB} MiB there and back", array, 1)):
+
+        def timed(call: Callable[[Any], Any], value: Any = value, count: int = count) -> Callable[[], float]:
+            def run() -> float:
+                call(value)  # what the first of each round takes is not measured
+                return _seconds(lambda: [call(value) for _ in range(count)]) / count
+
+            return run
+
+        _case(results, case(what), rounds, {peer: timed(call) for peer, call in calls.items()})
+        mine, theirs = (results.get(case(what), peer, "s") for peer in ("flowfn", "ray task"))
+        ratio = theirs / mine if mine and theirs else None
+        results.print_target(f"{case(what)} beside a task, times as fast", ratio, 1 / 1.1, at_least=True)
+    flow.shutdown()
 
 
 def start(raw: Any) -> None:
@@ -187,4 +274,6 @@ def _warm(results: Results, rounds: int, raw: Any, numpy: Any) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    ray(Results(sys.stdout), parser.parse_args().rounds)
+    parser.add_argument("--second-node", action="store_true", help="only that part")
+    options = parser.parse_args()
+    (second_node if options.second_node else ray)(Results(sys.stdout), options.rounds)
