@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from flowfn.client import invoke_async as invoke_async
     from flowfn.client import run as run
     from flowfn.executor import Executor as Executor
-    from flowfn.function import Function as Function
     from flowfn.function import function as function
     from flowfn.future import Future as Future
+    from flowfn.handle import Function as Function
     from flowfn.image import Image as Image
     from flowfn.map import Map as Map
     from flowfn.pools import shutdown as shutdown
@@ -90,8 +90,9 @@ _WHERE = {
     "flowfn.backends.base": ["Backend"],
     "flowfn.client": ["Flow", "invoke", "invoke_async", "run"],
     "flowfn.executor": ["Executor"],
-    "flowfn.function": ["Function", "function"],
+    "flowfn.function": ["function"],
     "flowfn.future": ["Future"],
+    "flowfn.handle": ["Function"],
     "flowfn.image": ["Image"],
     "flowfn.map": ["Map"],
     "flowfn.pools": ["shutdown"],

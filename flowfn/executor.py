@@ -13,8 +13,8 @@ from flowfn import pools, threads
 from flowfn.backends import registry
 from flowfn.body import Body, describe
 from flowfn.call import Call
-from flowfn.function import Function, run_future
 from flowfn.future import Future
+from flowfn.handle import Function, run_future
 from flowfn.pool import Pool
 from flowfn.spec import FunctionSpec
 from flowfn_runtime import bodies, pickling
