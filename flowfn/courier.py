@@ -58,6 +58,7 @@ class Courier:
         self.watched = 0  # how often the timer was set
         self.item_s = 0.0
         self.plain = True
+        self.heard = True  # what failed so far, which the worker has not been told yet
 
     def run(self) -> None:
         run = self.of
@@ -91,6 +92,7 @@ class Courier:
                     with run.lock:
                         run.requeue(chunk)
                     raise
+                self.heard = True
                 with run.lock:
                     run.active[self.worker] = self.chunks
             self.give(chunk)
@@ -135,6 +137,9 @@ class Courier:
             flags |= wire.WANT_BEGIN
         if not run.return_exceptions:
             flags |= wire.STOP
+        if self.heard:
+            flags |= wire.HEARD
+            self.heard = False
         meta = (b"*" if run.star else b"1") + table
         try:
             worker.tidy()
@@ -240,6 +245,7 @@ class Courier:
             if type(value) is items.Packed and value.head:
                 if offset > start:
                     run.put(chunk.first + first + start, values[start:offset])
+                self.heard = True
                 start = offset + 1
                 at = first + offset
                 item = Item(chunk.first + at, chunk.values[at], chunk.attempt, chunk.losses)

@@ -26,6 +26,8 @@ class Batch:
         self.star = frame.meta[:1] != b"1"  # whether an item is a tuple of arguments or the one argument
         self.watched = frame.flags & wire.WANT_BEGIN
         self.stops = frame.flags & wire.STOP
+        if frame.flags & wire.HEARD:
+            worker.stopped = False
         self.inputs = items.unpack(frame.flags, frame.meta[1:], frame.body, frame.buffers)
         self.results: list[Any] = []
         self.sent = 0
@@ -34,7 +36,7 @@ class Batch:
         self._reported = -1
 
     def run(self) -> None:
-        worker, results, inputs = self.worker, self.results, self.inputs
+        worker, results, inputs = self.worker, self.results, [] if self.worker.stopped else self.inputs
         capture, plain = worker.capture, pickling.PLAIN
         try:
             function, shared = worker.function(self.number)
@@ -61,7 +63,10 @@ class Batch:
                 outcomes.end_fork(None)
             capture.flush()
             results.append(value)
-            if worker.recalled == self.call or (self.stops and type(value) is items.Packed and value.head):
+            if self.stops and type(value) is items.Packed and value.head:
+                worker.stopped = True
+                break
+            if worker.recalled == self.call:
                 break
             now = self.item_started = clock()
             if now - self.flushed > FLUSH_S:
