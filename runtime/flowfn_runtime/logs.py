@@ -10,6 +10,7 @@ import fcntl
 import os
 import select
 import sys
+import termios
 import threading
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,6 @@ def _identity(fd: int) -> tuple[int, int]:
 
 def _available(fd: int) -> int:
     """How many bytes can be read from a pipe now."""
-    import termios
-
     return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
 

@@ -68,7 +68,8 @@ PLAIN = 4  # of a BATCH or PART: the body is one pickle of a list of plain value
 LAST = 8  # of a PART: the batch is over
 WANT_BEGIN = 16  # of a CALL: say BEGIN when the function starts
 STDERR = 32  # of a LOG
-STOP = 64  # of a BATCH: leave the rest when an item fails
+STOP = 64  # of a BATCH: leave the rest when an item fails, and the batches after it
+HEARD = 32  # of a BATCH: the client knows what failed before, and wants this one nevertheless
 GIVEN_BACK = 128  # the segment is one of the receiver's own, which the sender has done with
 
 
@@ -361,14 +362,14 @@ def _of_bytes(buffer: Any) -> bool:
 def _memory(size: int) -> Any:
     """Memory to receive into. Much comes in huge pages: to get 256 MiB in small ones takes longer than to fill them."""
     if size >= FRESH_BYTES:
-        import mmap
-
         try:
+            import mmap
+
             out = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             out.madvise(mmap.MADV_HUGEPAGE)
             return memoryview(out)
-        except (AttributeError, OSError):
-            pass  # there are none here
+        except (ImportError, AttributeError, OSError):
+            pass  # there are none here, or user code has spoiled `sys.path`
     return bytearray(size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import queue
 import select
 import sys
 import threading
@@ -17,7 +18,6 @@ from .batch import FLUSH_S, Batch
 from .errors import ProtocolError, SerializationError, VersionMismatch
 
 if TYPE_CHECKING:
-    import queue
     import socket
     from collections.abc import Callable, Mapping, Sequence
 
@@ -41,12 +41,13 @@ class Worker:
         self.side = side
         self.pinned = pinned or {}
         self._pipes = pipes
-        self._own_path: list[str] = []
+        self._own_path = sys.path[:]
         self.functions: dict[int, tuple[wire.Frame, str]] = {}
         self.loaded: dict[int, tuple[Callable[..., Any], dict[str, Any]]] = {}
         self.objects: dict[str, Any] = {}
         self.batch: Batch | None = None
         self.recalled = 0
+        self.stopped = False  # an item failed: batches that were sent before the client heard of it are left
         self.forked = False  # in a child that a call forked
         self._loop: Any = None
         self._ahead = False
@@ -66,8 +67,13 @@ class Worker:
             if hello.kind != wire.HELLO:
                 raise ProtocolError("the client did not say hello")
             self._welcome(json.loads(hello.meta))
+            own = frozenset(self._own_path)
             while True:
                 self._answer(self._next())
+                if type(sys.path) is not list:
+                    sys.path = []
+                if not own.issubset(sys.path):  # what is imported later must be found
+                    self._set_path(sys.path[:])
         except EOFError:
             pass
         except OSError as error:  # out of descriptors or memory, used up by earlier calls: the client finds another
@@ -92,7 +98,6 @@ class Worker:
             os.environ.pop(name, None)
         os.environ.update(self.pinned)
         if "sys_path" in hello:
-            self._own_path = sys.path[:]
             self._set_path(hello["sys_path"])
         if cwd := hello.get("cwd"):
             try:
@@ -119,8 +124,6 @@ class Worker:
             if frame.flags & wire.AHEAD:
                 self._ahead = True
                 if self._ahead_go is None:
-                    import queue
-
                     self._frames = queue.SimpleQueue()
                     self._ahead_go = threading.Semaphore(0)
                     threading.Thread(target=self._read_ahead, name="flowfn-ahead", daemon=True).start()

@@ -524,6 +524,7 @@ future = stop.options(timeout=None).spawn()
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
         "os.environ.clear()",
         "sys.path.clear()",
+        "sys.path = None",
         "sys.setswitchinterval(5)",
         "os.chdir('/'); os.umask(0o777)",
         "import threading; threading.stack_size(1 << 20)",
@@ -543,11 +544,17 @@ def spoil(x):
 def after(x):
     return x + 1
 
+class Large:
+    data = bytes(40_000_000)
+    def __add__(self, one):
+        return self.data
+
 assert spoil.remote(1) == 1
 assert spoil.spawn(2).result() == 2
 assert after.remote(2) == 3
 assert list(after.map(range(1000))) == list(range(1, 1001))
 assert list(spoil.map([5])) == [5]
+assert len(after.remote(Large())) == 40_000_000
 sys.__stderr__.write("whole")
 """
     ).err
