@@ -55,7 +55,7 @@ def second_node(results: Results, rounds: int) -> None:
     import ray as raw
 
     sys.path.insert(0, str(HERE.parent / "tests" / "engines"))
-    import ray_cluster
+    import ray_cluster  # type: ignore[import-not-found,unused-ignore]
 
     if os.getuid() != 0:
         raise PeerMissing("a second node in a network of its own takes root")

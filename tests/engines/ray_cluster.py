@@ -108,16 +108,20 @@ class RayCluster:
         network: Network | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))  # short enough for Ray's sockets
-        self.sockets = self.root / "sockets"  # as XDG_RUNTIME_DIR of a client that is on no machine of the nodes
-        self.sockets.mkdir()
+        self.broken = False  # by a test, which says so: tests come in any order
         self._network = network  # for nodes with "away": True
         self._environ = dict(environ or {})
-        self.cache = self.root / "cache"
-        self.home = self.root / "home"
         self._nodes = nodes
         self._client = client  # whether there is a server for ray:// addresses
         self._jobs = jobs  # whether there is a Jobs server, which is part of the dashboard
+        self._make_folders()
+
+    def _make_folders(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))  # short enough for Ray's sockets
+        self.sockets = self.root / "sockets"  # as XDG_RUNTIME_DIR of a client that is on no machine of the nodes
+        self.sockets.mkdir()
+        self.cache = self.root / "cache"
+        self.home = self.root / "home"
 
     def start(self) -> RayCluster:
         environ = {**os.environ, **ENVIRON, "RAY_TMPDIR": str(self.root), **self._environ}
@@ -153,6 +157,17 @@ class RayCluster:
         self.gcs: int = said["gcs"]
         self.url: str = said["url"]
         self.dashboard: tuple[str, int] = tuple(said["dashboard"])
+        return self
+
+    def whole(self) -> RayCluster:
+        """This, started anew if a test has broken it."""
+        if self.broken:
+            self.remove()
+            if self._network is not None:
+                self._network.make()
+            self._make_folders()
+            self.start()
+            self.broken = False
         return self
 
     def options(self, **more: Any) -> dict[str, Any]:

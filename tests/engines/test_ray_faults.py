@@ -35,10 +35,14 @@ def say(text):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    """For all that breaks nothing of it; and for those after that, which break one part after the other."""
+def started() -> Iterator[RayCluster]:
     with ray_cluster.running(nodes=NODES, client=True) as made:
         yield made
+
+
+@pytest.fixture
+def cluster(started: RayCluster) -> RayCluster:
+    return started.whole()
 
 
 class Client:
@@ -276,6 +280,7 @@ flow.shutdown()
 
 
 def test_a_node_that_is_killed_in_the_middle_of_a_map(cluster: RayCluster, tmp_path: Path) -> None:
+    cluster.broken = True
     folder = tmp_path / "ran"
     folder.mkdir()
     client = Client(SPREAD.format(folder=folder), cluster, tmp_path / "client", spread=True)
@@ -308,6 +313,7 @@ def test_a_head_that_is_killed(cluster: RayCluster, tmp_path: Path) -> None:
         say("clear: " + type(error).__name__)
         os._exit(0)  # Ray does not end well without its head
     """
+    cluster.broken = True
     client = Client(script, cluster, tmp_path / "client")
     client.expect("ready")
     os.kill(cluster.gcs, signal.SIGKILL)

@@ -59,10 +59,15 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture(scope="module")
-def cluster(network: Network) -> Iterator[RayCluster]:
+def started(network: Network) -> Iterator[RayCluster]:
     """A head with two cores, and a node with four behind the link."""
     with ray_cluster.running(nodes=NODES, network=network, environ=ENVIRON, client=True) as made:
         yield made
+
+
+@pytest.fixture
+def cluster(started: RayCluster) -> RayCluster:
+    return started.whole()
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["inside", "ray://"])
@@ -151,6 +156,7 @@ def test_a_network_that_is_gone(cluster: RayCluster, network: Network, for_good:
     ]
     for client in clients:
         client.expect("under way")
+    cluster.broken = for_good
     network.plug(up=False)
     if not for_good:
         with pytest.raises(subprocess.TimeoutExpired):  # it is gone for ten seconds, and there are more items
