@@ -172,11 +172,19 @@ class Task:
         if found is None:
             if row.exit_code is None:
                 raise TaskFailed(f"task {row.name} failed: {row.reason}")
-            raise self._failure(row, WorkerLost(f"the call's process died: {row.reason}", hint=self._see_logs))
+            died = f"the call's process died: {row.reason}{self._last_words()}"
+            raise self._failure(row, WorkerLost(died, hint=self._see_logs))
         kind, data, buffers = found
         if kind == callfile.ERROR:
             raise exceptions.loads(data, buffers)
         return pickling.loads(data, buffers)[0]
+
+    def _last_words(self) -> str:
+        try:
+            said = self._place.tail(0, True, 5).strip()
+        except (FlowError, OSError):  # they are lost, or elsewhere
+            said = ""
+        return f"\n{said[-1000:]}" if said else ""
 
     def _failure(self, row: taskdb.TaskRow, error: TaskFailed | WorkerLost) -> FlowError:
         if isinstance(error, TaskFailed):

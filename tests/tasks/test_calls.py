@@ -73,6 +73,7 @@ def test_every_kind_of_ending(client: Flow) -> None:
         os.kill(os.getpid(), 9)
 
     def leave() -> None:
+        os.write(2, b"last words\n")
         os._exit(5)
 
     def unpicklable() -> Any:
@@ -115,7 +116,7 @@ def test_every_kind_of_ending(client: Flow) -> None:
     assert lost.value.exitcode == 137
     with pytest.raises(WorkerLost) as lost:
         ended["leave"].result(60)
-    assert lost.value.exitcode == 5
+    assert lost.value.exitcode == 5 and "last words" in str(lost.value)
     with pytest.raises(SerializationError):
         ended["unpicklable"].result(60)
     assert ended["numbers"].result(60) == [0, 1, 2]
