@@ -52,6 +52,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest, and is slowed most by company of its kind, begins first: of several processes, in one."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_ray"))
+
+
 def pytest_configure() -> None:
     """Keep what installers cache beside the environment, as `scripts/install` does: the user's caches are theirs.
 

@@ -266,6 +266,8 @@ def work(n):
     with open(f"{folder}/{{n}}-{{os.getpid()}}", "w") as file:
         file.write(str(os.getppid()))
     time.sleep(0.1)
+    while n >= 12 and not os.path.exists("{folder}-go"):
+        time.sleep(0.01)
     return n * n
 
 results = []
@@ -279,15 +281,20 @@ flow.shutdown()
 """
 
 
+def nodes_at_work(cluster: RayCluster) -> set[int]:
+    """The raylets of nodes that have workers of flowfn's."""
+    return {ray_cluster.raylet_of(pid) for pid in cluster.workers()} & set(cluster.raylets)
+
+
 def test_a_node_that_is_killed_in_the_middle_of_a_map(cluster: RayCluster, tmp_path: Path) -> None:
     cluster.broken = True
     folder = tmp_path / "ran"
     folder.mkdir()
     client = Client(SPREAD.format(folder=folder), cluster, tmp_path / "client", spread=True)
     client.expect("under way")
-    of_nodes = {ray_cluster.raylet_of(pid) for pid in cluster.workers()}
-    assert len(of_nodes & set(cluster.raylets)) >= 2, "the workers are not spread over the nodes"
-    os.kill(max(of_nodes & set(cluster.raylets[1:])), signal.SIGKILL)
+    wait_until(lambda: len(nodes_at_work(cluster)) >= 2, "the workers are not spread over the nodes")
+    os.kill(max(nodes_at_work(cluster) & set(cluster.raylets[1:])), signal.SIGKILL)
+    Path(f"{folder}-go").touch()
     client.expect("all there")
     status, said = client.end()
     assert status == 0, said
