@@ -75,9 +75,7 @@ def _load(kind: str) -> Any:
 
         found = list(entry_points(group=GROUP, name=kind))
         if not found:
-            raise ConfigError(
-                f"there is no backend {kind!r}", hint=f"installed are: {', '.join(names())}; is its package missing?"
-            )
+            raise _unknown(kind)
         target = found[0].value
     module, _, attribute = target.partition(":")
     from importlib import import_module
@@ -88,6 +86,17 @@ def _load(kind: str) -> Any:
         raise BackendUnavailable(
             f"backend {kind!r} can't be loaded: {error}", hint=f"pip install 'flowfn[{kind}]'"
         ) from error
+
+
+def _unknown(name: str) -> ConfigError:
+    from difflib import get_close_matches
+
+    from flowfn import config
+
+    known = sorted({*names(), *config.load().backends})
+    near = get_close_matches(name, known, 1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"there is no backend {name!r}{meant}", hint=f"installed or configured are: {', '.join(known)}")
 
 
 def close_all() -> None:

@@ -47,7 +47,8 @@ def run(args: Any) -> int:
         output.print_json([row._asdict() for row in rows])
     else:
         cells = [
-            ["*" if r.chosen else "", r.name, r.type, " ".join(r.can) or "-", r.here.splitlines()[0]] for r in rows
+            ["*" if r.chosen else "", r.name, r.type, " ".join(r.can) or "-", r.here.splitlines()[0].rstrip(":")]
+            for r in rows
         ]
         output.table(["", "NAME", "TYPE", "RUNS", "HERE"], cells)
         for row in rows:

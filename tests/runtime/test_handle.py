@@ -99,6 +99,8 @@ def test_what_can_not_be_decorated() -> None:
 def test_backends_that_there_are_not() -> None:
     with pytest.raises(flow.ConfigError, match=r"nowhere.*\n.*local"):
         double.options(backend="nowhere").remote(1)
+    with pytest.raises(flow.ConfigError, match="did you mean 'slurm'"):
+        double.options(backend="slrum").remote(1)
     with pytest.raises(flow.ConfigError, match="backend"):
         double.options(backend=object()).remote(1)
 
