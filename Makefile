@@ -23,7 +23,7 @@ quickstart: $(VENV)/.have-examples ## Install into .venv and run the main exampl
 	@$(PY) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.have-test ## Install the test extra and run every test that this machine can run
-	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 docs-test: $(VENV)/.have-test ## Run the code blocks of README and docs, and the docstrings' examples
 	@$(PY) -m pytest tests/docs $(ARGS)

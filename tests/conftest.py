@@ -52,9 +52,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest, and is slowed most by company of its kind, begins first: of several processes, in one."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_ray"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one has all tests of an engine's module, and so one cluster; other tests go anywhere."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("::")[0] if nodeid.startswith("tests/engines/") else nodeid
+
+    return ByEngine(config, log)
 
 
 def pytest_configure() -> None:
