@@ -6,6 +6,8 @@ but for its locks. Nothing is created on the host for a target that it lacks: th
 entries are bound one by one, and so is every other directory that lacks a target ("opened" below). Opening costs
 0.3 ms an entry, and more an entry with hundreds of them; targets that exist, or lie directly under `/`, cost nothing.
 
+Read-only binds of cached data are sealed (seal.py).
+
 This keeps tasks from each other's data and from harming the host by accident. It is no wall against hostile code: that
 runs as the same user, with the same network.
 """
@@ -18,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from flowfn_runtime import paths
+from flowfn_runtime import paths, seal
 from flowfn_runtime.errors import SandboxError
 
 _OWN = ("/proc", "/dev", "/sys", "/tmp")  # made anew rather than bound
@@ -59,7 +61,8 @@ def command(
     for what can't be built, such as a target whose place is taken by a file of a writable bind.
     """
     plan = _Plan(_requests(binds, cwd, workdir_host, hide, readable))
-    args = ["bwrap", *plan.build(), "--unshare-pid", "--unshare-ipc"]
+    sealed = seal.prefix(bind.host_path for bind in binds if bind.read_only)
+    args = [*sealed, "bwrap", *(seal.identity() if sealed else ()), *plan.build(), "--unshare-pid", "--unshare-ipc"]
     for node in _gpu_nodes() if devices is None else devices:
         args += ["--dev-bind-try", node, node]
     if die_with_parent:
@@ -317,6 +320,8 @@ def check() -> None:
     program = shutil.which("bwrap")
     if program is None:
         raise SandboxError("mounts need bubblewrap, and there is no bwrap on PATH", hint=_install_hint())
+    if seal.usable():  # it ran bubblewrap, and more
+        return
     trial = [program, "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--unshare-pid", "--unshare-ipc", "--"]
     run = subprocess.run(
         [*trial, shutil.which("true") or sys.executable], stdin=subprocess.DEVNULL, capture_output=True

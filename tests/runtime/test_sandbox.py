@@ -348,14 +348,16 @@ from flowfn_runtime import sandbox
 from flowfn_runtime.sandbox import Bind
 os.setgroups([]); os.setgid(64321); os.setuid(64321)  # all is imported: the interpreter may be root's alone
 base = sys.argv[1]
-os.makedirs(base + "/data/sub"); open(base + "/data/file", "w").write("content")
+data = base + "/cache/data"
+os.makedirs(data + "/sub"); open(data + "/file", "w").write("content"); os.chmod(data + "/file", 0o444)
 os.makedirs(base + "/volume"); os.makedirs(base + "/home/secret")
 sandbox.check()
-binds = [Bind(base + "/data", "/train", True), Bind(base + "/volume", "/opt/deep/out", False),
-         Bind(base + "/volume", "/train/sub/new", False)]
+binds = [Bind(data, "/train", True), Bind(base + "/volume", "/opt/deep/out", False),
+         Bind(base + "/volume", "/train/sub/new", False), Bind(data + "/file", "/one", True)]
 script = '''
 cat /train/file; id -u; id -g; ls -A $FLOW_HOME; echo x >/opt/deep/out/x; cat /train/sub/new/x; echo t >/tmp/t
-mkdir /train/no; mkdir /no; mkdir /opt/no; grep CapEff /proc/self/status
+mkdir /train/no; mkdir /no; mkdir /opt/no; chmod u+w /train/file
+for file in /train/file /one; do (echo x >>$file); done; cat /one; grep CapEff /proc/self/status
 '''
 run = subprocess.run(sandbox.command(["sh", "-c", script], binds), capture_output=True, text=True)
 print(run.stdout, run.stderr, os.listdir(base + "/volume"), os.path.exists("/tmp/t"), sep="|")
@@ -368,14 +370,14 @@ def test_a_normal_user(tmp_path_factory: pytest.TempPathFactory) -> None:
     base.mkdir()
     try:
         os.chown(base, 64321, 64321)
-        env = {**os.environ, "FLOW_HOME": str(base / "home"), "HOME": str(base)}
+        env = {**os.environ, "FLOW_HOME": str(base / "home"), "FLOW_CACHE": str(base / "cache"), "HOME": str(base)}
         done = subprocess.run(
             [sys.executable, "-c", AS_USER, str(base)], env=env, cwd="/", capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
         out, err, volume, leaked = done.stdout.strip().split("|")
-        assert out.split() == ["content64321", "64321", "locks", "x", "CapEff:", "0000000000000000"]
-        assert err.count("Read-only file system") == 3
+        assert out.split() == ["content64321", "64321", "locks", "x", "contentCapEff:", "0000000000000000"]
+        assert err.count("Read-only file system") == 6  # also of a file that is read-only in itself
         assert volume == "['x']"
         assert leaked == "False"
     finally:
