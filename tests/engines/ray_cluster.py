@@ -252,6 +252,8 @@ def main() -> None:
         "object_store_memory": 1 << 28,
         "include_dashboard": False,
         "dashboard_agent_listen_port": 0,
+        "include_log_monitor": False,  # processes that nobody here asks anything of
+        "no_monitor": True,
     }
     head = {**common, "_system_config": {"prestart_worker_first_driver": False, "enable_worker_prestart": False}}
     if asked["jobs"]:

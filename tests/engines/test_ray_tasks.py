@@ -179,7 +179,7 @@ def test_a_task_that_waits_for_room_and_is_cancelled(cluster: RayCluster, meetin
 
 
 def test_a_large_result_and_a_large_argument(cluster: RayCluster) -> None:
-    data = os.urandom(1 << 20) * 200
+    data = os.urandom(1 << 20) * 64
     assert submit(cluster, lambda: data[::-1]).result(2 * WAIT_S) == data[::-1]
 
 
