@@ -21,6 +21,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,10 @@ from .supervisor import Ended, Supervisor
 from .tasknode import Nodes
 
 ANSWER_S = 10.0  # how long the engine may take to say how the job is
+LOCK_S = (
+    300.0  # how long one that the engine has lost sight of is waited for; servers of files forget dead nodes sooner
+)
+LOOK_S = 0.5
 # For the ranks: where all nodes are, where they meet, and which one it is, unless srun says so.
 ADDRESSES, PORT, RANK = "FLOW_JOB_ADDRESSES", "FLOW_JOB_PORT", "FLOW_JOB_RANK"
 
@@ -50,6 +55,8 @@ def main() -> None:
 
 def _run(directory: str, plan: dict[str, Any]) -> int:
     lock = _lock(os.path.join(directory, "lock"))
+    if not os.path.exists(os.path.join(directory, "plan.json")):  # the other one has brought it to its end
+        return 0
     before = taskdir.read_json(directory, "state.json") or {}
     for name in ("started", "result.part", "pid", "taken", "preempted"):  # of an attempt that the engine has ended
         if os.path.exists(os.path.join(directory, name)):
@@ -63,11 +70,17 @@ def _run(directory: str, plan: dict[str, Any]) -> int:
 
 
 def _lock(path: str) -> int:
+    """Be the only one that runs the task: the engine may think that another one is gone while it still runs."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        pass  # a filesystem without locks: the engine sees to it that a job runs once at a time
+    deadline = time.monotonic() + LOCK_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(LOOK_S)
+        except OSError:
+            break  # a filesystem without locks: the engine sees to it that a job runs once at a time
     return fd
 
 

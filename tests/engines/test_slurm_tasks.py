@@ -85,6 +85,13 @@ def submit(meeting: Meeting, backend: Any, **options: Any) -> Task:
     return task
 
 
+def opens(pid: int, path: Path) -> bool:
+    try:
+        return any(entry.samefile(path) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:  # of what it has closed meanwhile
+        return False
+
+
 def directory(cluster: SlurmCluster, task: Task) -> Path:
     return cluster.root / "home" / "jobs" / task.task_id
 
@@ -258,6 +265,20 @@ class TestDeaths:
         assert "Slurm job" in task.reason
         met.wait_for_end()
         assert not (directory(cluster, task) / "result").exists()
+
+    def test_one_that_slurm_has_lost_sight_of(
+        self, cluster: SlurmCluster, backend: SlurmBackend, meeting: Meeting
+    ) -> None:
+        """It runs on, and its job is run again: the second one waits, and has nothing to do."""
+        task = submit(meeting, backend)
+        met = meeting.next()
+        script = cluster.run("scontrol", "write", "batch_script", met.said.split()[0], "-")
+        with subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as again:
+            wait_until(lambda: opens(again.pid, directory(cluster, task) / "lock"))
+            met.let_go()
+            assert task.result(WAIT_S) == "done"
+            assert again.wait(WAIT_S) == 0, again.stderr and again.stderr.read()
+        assert (task.logs(tail=None), task.to_dict()["attempts"]) == ("begun\n", 1)
 
     def test_a_node(self, cluster: SlurmCluster, meeting: Meeting) -> None:
         task = submit(meeting, SlurmBackend(cluster.options(extra=["--no-requeue"])))
