@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 TERM_S = 5.0  # how long srun may take to end its job, before it is killed and the job cancelled
 STEP_S = 0.5  # after so long a step of a job that is there must be waiting for others to end
 SAYS = b"flowfn-job "  # begins the line by which a job says that it runs: its number, its node
-SAY = 'echo "flowfn-job $SLURM_JOB_ID $SLURMD_NODENAME" >&2; exec "$@"'
+# If slurmstepd dies the worker sees its stream end, but srun would wait for ever: nobody tells it but what is started
+# here, which has another parent then.
+SAY = """
+echo "flowfn-job $SLURM_JOB_ID $SLURMD_NODENAME" >&2
+trap : TERM
+"$@"
+status=$?
+set -- $(sed 's/.*) //' /proc/$$/stat)
+case $2 in "" | $PPID) ;; *) scancel -Q $SLURM_JOB_ID.$SLURM_STEP_ID ;; esac
+exit $status
+"""
 _QUEUED = rb"srun: job (\d+) queued and waiting"
 
 

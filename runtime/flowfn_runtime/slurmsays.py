@@ -245,6 +245,7 @@ _ENDS = (
     (r"BOOT_FAIL|LAUNCH_FAILED|credential revoked", NOT_LAUNCHED),
     (r"REQUEUE", "was requeued"),
     (r"CANCELLED|Force Terminated|has been revoked|was cancell?ed|been cancell?ed", CANCELLED),
+    (r"Timed out waiting for job step", "did not answer any more"),  # it has lost its slurmstepd
 )
 
 

@@ -230,7 +230,7 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
         daemon = self.daemons.pop(name)
         steps = self._steps(name)
         for pid in list(steps):  # the slurmstepd above a batch script has no such variable
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            parent = _parent(pid)
             if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd") and parent not in steps:
                 steps.append(parent)
         for number in (signal.SIGSTOP, signal.SIGKILL):  # all at one moment: none sees another's end
@@ -256,8 +256,14 @@ PartitionName=physics Nodes=n3 AllowAccounts=physics State=UP PriorityTier=1
     def workers(self, name: str) -> list[int]:
         """The processes on a node that execute calls: children of the runtime's host, and leaders of a session."""
         steps = set(self._steps(name))
-        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in steps}
+        parents = {pid: _parent(pid) for pid in steps}
         return [pid for pid in steps if parents[pid] in steps and os.getsid(pid) == pid]
+
+    def step_daemon(self, pid: int) -> int:
+        """The slurmstepd above a process."""
+        while not Path(f"/proc/{pid}/comm").read_text().startswith("slurmstepd"):
+            pid = _parent(pid)
+        return pid
 
     def stop(self) -> None:
         self.run("scancel", "-Q", "--user", str(os.getuid()), "--signal=KILL", check=False)
@@ -345,6 +351,10 @@ def _wait_for(log: Path, words: str) -> None:
     while not log.exists() or words not in log.read_text(errors="replace"):
         assert time.monotonic() < deadline, log.read_text(errors="replace") if log.exists() else log
         time.sleep(0.02)
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _kill(pid: int, number: int = signal.SIGKILL) -> None:

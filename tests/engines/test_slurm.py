@@ -441,6 +441,19 @@ class TestLosing:
             wait_until(lambda: cluster.states()["n3"] == "idle")
         assert make(abs, options).remote(-3) == 3
 
+    def test_the_step_daemon_of_a_worker_is_killed(
+        self, cluster: SlurmCluster, generating: Callable[..., Any], meeting: Meeting
+    ) -> None:
+        """Slurm itself does not see it, and srun would wait for ever."""
+        stream = make(generating, cluster.options()).remote()
+        number = next(stream)
+        met = meeting.next()
+        (worker,) = [pid for name in ("n1", "n2", "n3") for pid in cluster.workers(name)]
+        os.kill(cluster.step_daemon(worker), signal.SIGKILL)
+        met.wait_for_end()
+        with pytest.raises(flow.WorkerLost, match=f"Slurm job {number} (did not answer|was cancelled)"):
+            next(stream)
+
     def test_a_daemon_that_dies_takes_no_worker_along(
         self, cluster: SlurmCluster, waiting: Callable[..., Any], meeting: Meeting
     ) -> None:
