@@ -56,8 +56,13 @@ def judge(job: Job | None, facts: Mapping[str, Any]) -> State:
     elif job is not None:
         reason = f"{which} ended without a word ({job.state}" + (f", exit code {code})" if code else ")")
         reason += f": {facts['job.log']}" if facts.get("job.log") else ""
-    else:
+    elif told or facts.get("job.log"):
         reason = "Slurm does not know its job any more, and it left no word: its node failed, or it was killed"
+    elif facts.get("number"):
+        which = f"Slurm job {facts['number']}"
+        reason = f"{which} was lost before it began, as the latest are when the controller crashes; submit it again"
+    else:
+        reason = "who submitted it was interrupted, and Slurm does not know of its job; submit it again"
     return State(state, reason, code, started, ended, attempts)
 
 

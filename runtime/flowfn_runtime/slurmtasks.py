@@ -175,6 +175,7 @@ class Tasks:
         facts: dict[str, Any] = {"state": taskdir.read_json(directory, "state.json") or {}}
         facts["cancel"] = taskdir.cancel_reason(directory)
         facts["begun"] = os.path.exists(os.path.join(directory, "started"))
+        facts["number"] = self._number(task_id)
         facts["submitting"] = self._is_being_submitted(directory)
         for name in ("taken", "job.log"):
             try:

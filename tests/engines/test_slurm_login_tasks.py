@@ -236,7 +236,7 @@ def test_a_connection_that_is_cut_before_slurm_was_asked(login: Sshd, slurm_clus
     assert task.status == "pending" and task.reason == "it is being submitted"
     (mark,) = (login.root / "home" / "jobs").glob(f"{task.task_id}/submitted")
     os.utime(mark, (0, 0))  # as if that was long ago
-    assert task.status == "failed" and "left no word" in task.reason
+    assert task.status == "failed" and "who submitted it was interrupted" in task.reason
     assert slurm_cluster.jobs() == []
 
 

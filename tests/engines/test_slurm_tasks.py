@@ -342,7 +342,10 @@ class TestFollowing:
         ("FAILED", {"job.log": "no Python here"}, "failed", "no Python here"),
         (None, {"taken": "PREEMPTED None"}, "failed", "was preempted"),
         (None, {"taken": "COMPLETING None"}, "cancelled", "from outside"),
-        (None, {"taken": ""}, "failed", "does not know its job"),
+        (None, {"state": {"attempts": 1}, "number": "7"}, "failed", "does not know its job any more, and it left no"),
+        (None, {"job.log": "no Python", "number": "7"}, "failed", "does not know its job any more, and it left no"),
+        (None, {"number": "7"}, "failed", "Slurm job 7 was lost before it began"),
+        (None, {"number": ""}, "failed", "who submitted it was interrupted"),
     ],
 )
 def test_what_slurm_says_becomes_a_state(job: str | None, facts: dict[str, Any], state: str, words: str) -> None:
