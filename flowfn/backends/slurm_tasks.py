@@ -84,7 +84,9 @@ class SlurmJobs(Jobs):
             for snapshot in draft.snapshots:
                 project.keep(snapshot, store)
 
-        runtime = bundle().place(os.path.join(self.place["home"], "runtime"))
+        def runtime() -> str:
+            return bundle().place(os.path.join(self.place["home"], "runtime"))
+
         self._tasks.start(plan, draft.payload, runtime=runtime, bring=bring, there=self._backend.there, **how)
 
     def held(self, wanted: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ def _start(client: Client, body: Any, plan: dict[str, Any], there: str, **how: A
                 fetch(client, digest, store)
 
     payload = bytes(body) if plan["call"] else None
-    _tasks().start(plan, payload, runtime=_runtime(), bring=bring, there=lambda: there, **how)
+    _tasks().start(plan, payload, runtime=_runtime, bring=bring, there=lambda: there, **how)
     return None, b""
 
 

@@ -41,7 +41,7 @@ class Tasks:
         plan: Mapping[str, Any],
         payload: bytes | None,
         *,
-        runtime: str,
+        runtime: Callable[[], str],
         program: Sequence[str],
         options: Sequence[str],
         python_first: bool,
@@ -50,18 +50,27 @@ class Tasks:
     ) -> None:
         """Submit a task, once at most however often this is called.
 
-        `plan`: what `taskjob` is to do; `runtime`: where the runtime lies; `program`: the command line that runs
+        `plan`: what `taskjob` is to do; `runtime` says where the runtime lies; `program`: the command line that runs
         `taskjob` by the right Python, its arguments excepted; `options`: sbatch's, for what it needs; `python_first`:
         see `slurmsays.environment`; `bring` gets the project's files into a store; `there`: what the cluster has.
         Raises what Slurm refuses, and BackendUnavailable.
         """
         task_id: str = plan["id"]
         directory = self._directory(task_id)
-        if not os.path.isdir(directory):
-            plan = {**plan, "runtime": runtime, "home": self._home}
-            with project.guarded(self._store):
-                bring(self._store)
-                self._write(directory, plan, payload)
+        try:
+            place = runtime()
+            if not os.path.isdir(directory):
+                plan = {**plan, "runtime": place, "home": self._home}
+                with project.guarded(self._store):
+                    bring(self._store)
+                    self._write(directory, plan, payload)
+        except OSError as failure:
+            if isinstance(failure, FlowError):
+                raise
+            raise FlowError(
+                f"the task can't be put into {self._home}: {failure.strerror}",
+                hint="another directory that the nodes see may do: home=",
+            ) from failure
         try:
             taskdir.write_private(directory, "submitted", b"")
         except FileExistsError:  # by who was asked before, and could not say what came of it
@@ -74,7 +83,7 @@ class Tasks:
             words = ["sbatch", "--parsable", f"--job-name={NAME}{task_id}", f"--output={directory}/job.log"]
             words += ["--open-mode=append", "--requeue", f"--nodes={plan['nodes']}", "--ntasks-per-node=1"]
             words += [*options, *self._dependencies(plan)]
-            script = f"#!/bin/sh\nexec {shlex.join([*program, runtime, 'run', directory])}\n"
+            script = f"#!/bin/sh\nexec {shlex.join([*program, place, 'run', directory])}\n"
             environ = slurmsays.environment(python_first=python_first)
             asked = " ".join(options)
             number = slurmsays.run(*words, given=script, environ=environ, asked=asked, there=there)
@@ -82,7 +91,10 @@ class Tasks:
             if not getattr(error, "uncertain", False):
                 taskdir.remove_tree(directory)
             raise
-        taskdir.write_private(directory, "number", number.strip().encode())
+        try:
+            taskdir.write_private(directory, "number", number.strip().encode())
+        except OSError:
+            pass  # Slurm has the job, and knows it by its name
 
     def _write(self, directory: str, plan: Mapping[str, Any], payload: bytes | None) -> None:
         """Make the task's directory, whole or not at all."""

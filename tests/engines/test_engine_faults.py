@@ -145,6 +145,9 @@ def test_slurm_a_full_disk(
     with pytest.raises(flow.BackendUnavailable, match=r"runtime can't be put in place.*No space left") as caught:
         f.remote()
     assert "cache=" in str(caught.value)
+    made.append(SlurmBackend(slurm_cluster.options(home=f"{cache}/home")))
+    with pytest.raises(flow.FlowError, match=rf"can't be put into {cache}/home: No space left"):
+        f.options(backend=made[-1]).submit()
     (cache / "filler").unlink()
     assert f.remote() == 1
 
