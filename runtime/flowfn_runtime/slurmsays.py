@@ -199,6 +199,14 @@ _REFUSED = (
     ),
 )
 
+# Where to look for what may be said, if not in a list of nodes.
+_LISTED_BY = {
+    "account": "sacctmgr show associations user=$USER format=account,partition,qos",
+    "qos": "sacctmgr show associations user=$USER format=account,partition,qos",
+    "constraint": "sinfo -o '%N %f'",
+    "reservation": "scontrol show reservations",
+}
+
 
 def meaning(said: str, asked: str = "", there: str = "") -> FlowError | None:
     """What to raise for what Slurm's commands said, if it is known. `asked`: the options; `there`: what there is."""
@@ -208,6 +216,8 @@ def meaning(said: str, asked: str = "", there: str = "") -> FlowError | None:
     for pattern, message, option in _REFUSED:
         if re.search(pattern, said):
             text = f"Slurm refused: {message}" + (f" (asked for {asked})" if asked else "") + f":\n{_errors(said)}"
+            if option in _LISTED_BY:
+                return ResourceUnavailable(text, hint=f"set {option}= to what this lists: {_LISTED_BY[option]}")
             hint = f"set {option}= to what the cluster has" if option else "ask for less, or name another partition="
             return ResourceUnavailable(text, hint=f"{hint}: {there}" if there else hint)
     return None

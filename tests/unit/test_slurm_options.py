@@ -202,3 +202,17 @@ def test_reasons_that_do_not_pass(reason: str, never: bool) -> None:
 def test_what_happened_to_a_job(said: str, words: str | None) -> None:
     found = slurmsays.end_of(said)
     assert found is None if words is None else found is not None and words in found
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("Invalid account or account/partition combination specified", "set account= to what this lists: sacctmgr"),
+        ("Invalid qos specification", "set qos= to what this lists: sacctmgr"),
+        ("Invalid feature specification", "set constraint= to what this lists: sinfo"),
+        ("invalid partition specified: far", "set partition= to what the cluster has: main"),
+    ],
+)
+def test_where_to_look_after_a_refusal(said: str, hint: str) -> None:
+    error = slurmsays.meaning(f"srun: error: Unable to allocate resources: {said}", "--that", "main (2 nodes)")
+    assert isinstance(error, flow.ResourceUnavailable) and (error.hint or "").startswith(hint)
