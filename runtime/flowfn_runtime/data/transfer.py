@@ -69,6 +69,9 @@ class _Parts:
         self.fd = fd
         self.count = -(-size // PART_BYTES)
         self.done = 0
+        # The kernel lets one thread at a time write to a file, and has the others spin: here they sleep, and the server
+        # next door, say, has the processor.
+        self.writing = threading.Lock()
         self.digest = Digest(fd, size, PART_BYTES, spares) if job.object.md5 else None
         self.failures = 0  # times that the digest was wrong
         self.headers: Mapping[str, str] = {}
@@ -313,7 +316,8 @@ class _Fetch:
                 raise CallCancelled("The transfer was stopped.")
             if position + len(piece) > end:
                 raise WireError(f"more than {end - first} bytes came")
-            write_all(parts.fd, piece, position)
+            with parts.writing:
+                write_all(parts.fd, piece, position)
             position += len(piece)
             return digest.arrived(index, position, piece) if digest else None
 
