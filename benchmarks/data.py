@@ -7,30 +7,36 @@
 
 A real S3 server (`rclone serve s3`) on loopback holds the objects in a directory; every round asks every peer, each in
 a process of its own with an empty destination. One JSON line for each case, peer and metric: the median over the
-rounds, and `ratio`, how many times flowfn's it is (above 1, flowfn is ahead). Libraries are timed from the first
-request to the last file; command-line tools as a whole. CPU seconds are of the whole process with its children (not
-the server's), memory is the largest process's. flowfn verifies every MD5 that the server lists; its peers do not.
+rounds, and `ratio`, how many times flowfn's it is (above 1, flowfn is ahead); then one for each target. `wall_s` of
+libraries is from the first request to the last file, of command-line tools the whole; `whole_s` is the whole process
+of either. CPU seconds are of the whole process with its children (not the server's), memory is the largest process's.
+flowfn verifies every MD5 that the server lists; of its peers only rclone does.
+
+After the warm rounds the server is started anew with a log, and flowfn once more: what it asks for then is counted.
 
 `overlap` is a map over references on one worker, whose calls compute for as long as staging takes: `alone_s` is the
 longer of the two by itself, `both_s` the map, and `start_ms` how long a call whose data was staged ahead waits for it.
 
 On loopback the server is the limit and shares the processor with its client. `server` is that limit: the same requests,
-with all that comes thrown away.
+with all that comes thrown away; warm, the pages of the listing side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +52,7 @@ MEBI = 1 << 20
 # name: (objects, bytes of each, whether their ETags are MD5s). Those of uploads in parts, as every uploader makes them
 # of objects over 8 MiB, are none; "one-md5" is the rarer kind.
 CASES = {
+    "single": (1, 4096, True),
     "one": (1, 1 << 30, False),
     "one-md5": (1, 1 << 30, True),
     "many": (10_000, 4096, True),
@@ -53,6 +60,8 @@ CASES = {
     "large": (100, 16 * MEBI, False),
 }
 OVERLAP = "overlap"
+LABELS = {"get": "cold", "sync": "warm", "put": "upload"}
+MOST_S = 300.0  # for one peer in one round; then it is ended, and left out
 
 
 def environment_of(endpoint: str) -> dict[str, str]:
@@ -244,8 +253,23 @@ def obstore_put(prefix: str, source: str) -> float:
     return time.perf_counter() - started
 
 
+def server_list(prefix: str, dest: str) -> float:
+    from flowfn_runtime.data.sources import open_source, page_hints
+
+    source: Any = open_source(f"s3://{BUCKET}/{prefix}/")
+    hints = page_hints(source.listing().objects)
+    query = {"list-type": "2", "prefix": f"{prefix}/", "encoding-type": "url"}
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(hints) + 1) as pool:
+        list(
+            pool.map(lambda after: source.client.send("GET", "", {**query, "start-after": after}).read(), ["", *hints])
+        )
+    return time.perf_counter() - started
+
+
 LIBRARIES: dict[str, dict[str, Callable[[str, str], float]]] = {
     "get": {"flowfn": flowfn_get, "server": server_get, "s3fs": s3fs_get, "boto3": boto3_get, "obstore": obstore_get},
+    "sync": {"flowfn": flowfn_get, "server": server_list},
     "put": {"flowfn": flowfn_put, "s3fs": s3fs_put, "boto3": boto3_put, "obstore": obstore_put},
 }
 
@@ -349,7 +373,15 @@ def measure(command: Sequence[str], env: dict[str, str]) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=errors, text=True)
-        _, status, usage = os.wait4(process.pid, 0)
+        clock = threading.Timer(MOST_S, process.kill)
+        clock.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            clock.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - started
         output.seek(0)
@@ -361,6 +393,7 @@ def measure(command: Sequence[str], env: dict[str, str]) -> dict[str, float]:
     own = re.search(r"^WALL ([0-9.]+)$", text, re.MULTILINE)
     return {
         "wall_s": float(own.group(1)) if own else wall,
+        "whole_s": wall,
         "cpu_s": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
         "rss_mib": usage.ru_maxrss / 1024,
     }
@@ -368,14 +401,13 @@ def measure(command: Sequence[str], env: dict[str, str]) -> dict[str, float]:
 
 def peer_commands(action: str, prefix: str, path: str, peers: Sequence[str] | None) -> dict[str, list[str]]:
     me = [sys.executable, __file__, "--peer"]
-    libraries = LIBRARIES["get" if action == "sync" else action]
-    commands = {name: [*me, action, name, prefix, path] for name in libraries if action != "sync" or name == "flowfn"}
+    commands = {name: [*me, action, name, prefix, path] for name in LIBRARIES[action]}
     commands |= tools(action, prefix, path)
     return {name: command for name, command in commands.items() if peers is None or name in peers}
 
 
 def run_case(
-    case: str, root: Path, work: Path, env: dict[str, str], args: argparse.Namespace, results: Results
+    case: str, server: Server, root: Path, work: Path, env: dict[str, str], args: argparse.Namespace, results: Results
 ) -> None:
     count, size, _ = CASES[case]
     count = max(1, int(count * args.scale)) if count > 1 else 1
@@ -389,50 +421,100 @@ def run_case(
                 file.write(block)
     # The server's first listing reads every object for its ETag.
     subprocess.run(
-        tools("sync", case, "-")["s5cmd"][:1] + ["ls", f"s3://{BUCKET}/{case}/*"], env=env, capture_output=True
+        [*tools("get", case, "-")["rclone"][:1], "size", f":s3:{BUCKET}/{case}"],
+        env=env,
+        check=True,
+        capture_output=True,
     )
-    for turn in range(args.rounds):
-        if turn and "get" in args.actions:
-            for entry in work.iterdir():
-                shutil.rmtree(entry)
-            # For five seconds ext4 gives no deleted inode away again, and looks at all of them for each new file:
-            # whoever came right after a deletion of thousands would pay for it.
-            time.sleep(6)
+    try:
+        for turn in range(args.rounds):
+            if turn and "get" in args.actions:
+                for entry in work.iterdir():
+                    shutil.rmtree(entry)
+                # For five seconds ext4 gives no deleted inode away again, and looks at all of them for each new file:
+                # whoever came right after a deletion of thousands would pay for it.
+                time.sleep(6)
+            for action in args.actions:
+                # Not always the same one first.
+                peers = list(peer_commands(action, case, "", args.peers))
+                for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
+                    run_peer(peer, action, case, count, root, work, env, results)
+        if "sync" in args.actions and (work / f"{case}-flowfn").exists():
+            server.close()
+            count_requests(case, root, work / f"{case}-flowfn", env, results)
+    finally:  # whatever there is, if it was stopped
         for action in args.actions:
-            label = {"get": "cold", "sync": "warm", "put": "upload"}[action]
-            peers = list(peer_commands(action, case, "", args.peers))
-            # Whoever comes first after a pause pays for memory that the machine has not touched lately: not always the
-            # same one.
-            for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
-                dest = work / f"{case}-{peer}"
-                if action == "get":
-                    dest.mkdir()
-                elif action == "put":
-                    shutil.rmtree(root / BUCKET / f"up-{case}", ignore_errors=True)
-                    dest = folder
-                elif not dest.exists():
-                    continue
-                os.sync()
-                name = f"{label} {case}"
-                prefix = f"up-{case}" if action == "put" else case
-                command = peer_commands(action, prefix, str(dest), None)[peer]
-                try:
-                    values = measure(command, env)
-                except PeerMissing as missing:
-                    if not turn:
-                        results.left_out(name, peer, str(missing))
-                    continue
-                if action == "put":
-                    check(root / BUCKET / f"up-{case}", count, size, peer)
-                elif peer not in ("flowfn", "server"):
-                    check(dest, count, size, peer)
-                for metric, value in values.items():
-                    results.add(name, peer, metric, "MiB" if metric == "rss_mib" else "s", value)
-    for action in args.actions:
-        results.print_case(f"{ {'get': 'cold', 'sync': 'warm', 'put': 'upload'}[action] } {case}")
+            results.print_case(f"{LABELS[action]} {case}")
+            print_targets(f"{LABELS[action]} {case}", results)
     shutil.rmtree(root / BUCKET)
     for entry in work.iterdir():
         shutil.rmtree(entry)
+
+
+def run_peer(
+    peer: str, action: str, case: str, count: int, root: Path, work: Path, env: dict[str, str], results: Results
+) -> None:
+    """One peer's turn in one round."""
+    size = CASES[case][1]
+    here, uploaded = work / f"{case}-{peer}", root / BUCKET / f"up-{case}"
+    if action == "get":
+        here.mkdir()
+    elif action == "put":
+        shutil.rmtree(uploaded, ignore_errors=True)
+    elif not here.exists():
+        return
+    name, prefix = f"{LABELS[action]} {case}", uploaded.name if action == "put" else case
+    command = peer_commands(action, prefix, str(root / BUCKET / case if action == "put" else here), None)[peer]
+    os.sync()
+    if action != "sync":
+        touch_memory(2 * count * size)
+    try:
+        values = measure(command, env)
+    except PeerMissing as missing:
+        if (name, peer) not in results.missing:
+            results.left_out(name, peer, str(missing))
+        return
+    if peer != "server":
+        arrived = here / "data" / "objects" if peer == "flowfn" else here
+        check(uploaded if action == "put" else arrived, count, size, peer)
+    for metric, value in values.items():
+        results.add(name, peer, metric, "MiB" if metric == "rss_mib" else "s", value)
+
+
+def print_targets(name: str, results: Results) -> None:
+    """How flowfn did in a case, beside what it is meant to reach."""
+    peers = ("s3fs", "boto3", "obstore", "aws", "rclone", "s5cmd")
+    wall, cpu = results.get(name, "flowfn", "wall_s"), results.get(name, "flowfn", "cpu_s")
+    if not wall or not cpu:
+        return
+    if name.startswith("warm"):
+        aws = results.get(name, "aws", "wall_s")
+        results.print_target(f"{name}: times faster than aws s3 sync", aws and aws / wall, 20, at_least=True)
+        asked = results.get(name, "flowfn", "get_objects")
+        results.print_target(f"{name}: objects that the server was asked for", asked, 0, at_least=False)
+    else:
+        fastest, s3fs = results.best(name, peers, "wall_s"), results.get(name, "s3fs", "cpu_s")
+        results.print_target(f"{name}: as fast as the fastest", fastest and fastest / wall, 1, at_least=True)
+        results.print_target(f"{name}: processor time, of s3fs's", s3fs and cpu / s3fs, 1 / 3, at_least=False)
+    memory = results.get(name, "flowfn", "rss_mib")
+    results.print_target(f"{name}: memory in MiB", memory, 300, at_least=False)
+
+
+def count_requests(case: str, root: Path, cache: Path, env: dict[str, str], results: Results) -> None:
+    """What flowfn asks the server for when all data is here."""
+    # At the same address: it is a part of what the cache knows objects by.
+    address = env["BENCH_ENDPOINT"].removeprefix("http://")
+    with Server(root, md5=CASES[case][2], address=address, log=True) as server:
+        measure(peer_commands("sync", case, str(cache), None)["flowfn"], env)
+    for kind in ("GET OBJECT", "HEAD OBJECT", "LIST BUCKET"):
+        results.add(f"warm {case}", "flowfn", kind.lower().replace(" ", "_") + "s", "", server.asked.count(kind))
+
+
+def touch_memory(size: int) -> None:
+    """Have the machine give as much memory as a transfer will fill. A virtual one hands free memory back to its host,
+    and whoever needs it next waits for every page: up to three seconds a gibibyte, for one peer and not for another."""
+    # By a process of its own: the kernel counts this one's memory as that of the peers that it starts.
+    subprocess.run([sys.executable, "-S", "-c", f"b'1' * int({min(size, 3 << 30)})"], check=True)
 
 
 def check(folder: Path, count: int, size: int, peer: str) -> None:
@@ -442,28 +524,42 @@ def check(folder: Path, count: int, size: int, peer: str) -> None:
         raise SystemExit(f"{peer} moved {len(found)} of {count} objects to {folder}")
 
 
-def serve(root: Path, *, md5: bool) -> tuple[subprocess.Popen[str], str]:
-    rclone = shutil.which("rclone", path=os.path.dirname(sys.executable)) or "rclone"
-    options = [
-        "--addr",
-        "127.0.0.1:0",
-        "--auth-key",
-        f"{KEY},{SECRET}",
-        "--config",
-        "/dev/null",
-        "--vfs-cache-mode",
-        "off",
-    ]
-    options += ["--etag-hash", "MD5" if md5 else ""]
-    server = subprocess.Popen([rclone, "serve", "s3", str(root), *options], stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    for line in server.stderr:
-        if found := re.search(r"Starting s3 server on \[(http://[^/\]]+)", line):
-            import threading
+class Server:
+    """A server of the folder `root`; its ETags are MD5s, or none. `asked`: what it was asked for, if it keeps a log."""
 
-            threading.Thread(target=server.stderr.read, daemon=True).start()
-            return server, found.group(1)
-    raise SystemExit("rclone did not start")
+    def __init__(self, root: Path, *, md5: bool, address: str = "127.0.0.1:0", log: bool = False) -> None:
+        rclone = shutil.which("rclone", path=os.path.dirname(sys.executable)) or "rclone"
+        options = ["--addr", address, "--auth-key", f"{KEY},{SECRET}", "--config", "/dev/null"]
+        options += ["--vfs-cache-mode", "off", "--etag-hash", "MD5" if md5 else "", *["-vv"] * log]
+        self.process = subprocess.Popen([rclone, "serve", "s3", str(root), *options], stderr=subprocess.PIPE, text=True)
+        self.asked: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"Starting s3 server on \[(http://[^/\]]+)", line):
+                self.endpoint = found.group(1)
+                break
+        else:
+            raise SystemExit("rclone did not start")
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"serve s3: ((?:GET|HEAD|PUT|LIST) (?:OBJECT|BUCKET))", line):
+                self.asked.append(found.group(1))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it; safe to call twice."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
 
 
 def main() -> None:
@@ -473,8 +569,9 @@ def main() -> None:
             urls = [f"s3://{BUCKET}/{OVERLAP}/{index:05}.bin" for index in range(int(prefix))]
             print(json.dumps(overlap(urls, name)))
             return
-        print(f"WALL {LIBRARIES['put' if action == 'put' else 'get'][name](prefix, path):.4f}")
+        print(f"WALL {LIBRARIES[action][name](prefix, path):.4f}")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # gigabytes are not to be left behind
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=[*CASES, OVERLAP], default=[*CASES, OVERLAP])
     parser.add_argument("--actions", nargs="+", choices=["get", "sync", "put"], default=["get", "sync", "put"])
@@ -488,15 +585,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.server_dir) as root, tempfile.TemporaryDirectory(dir=args.dest) as work:
         for case in args.cases:
             # A fresh server for each case: it remembers directories for minutes.
-            server, endpoint = serve(Path(root), md5=case != OVERLAP and CASES[case][2])
-            try:
-                if case == OVERLAP:
-                    run_overlap(Path(root), Path(work), environment_of(endpoint), args, results)
-                else:
-                    run_case(case, Path(root), Path(work), environment_of(endpoint), args, results)
-            finally:
-                server.kill()
-                server.wait()
+            with Server(Path(root), md5=case != OVERLAP and CASES[case][2]) as server:
+                run = run_overlap if case == OVERLAP else functools.partial(run_case, case, server)
+                run(Path(root), Path(work), environment_of(server.endpoint), args, results)
     print(json.dumps({"machine": {"cpus": os.cpu_count(), "python": sys.version.split()[0]}}))
 
 
