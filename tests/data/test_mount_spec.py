@@ -97,6 +97,8 @@ def test_a_target_is_an_absolute_path(target: object) -> None:
         {"/data": "s3://"},
         {"/data": "volume://../x"},
         {"/data": "file://rel"},
+        {"/data": "s3:/bucket/prefix"},
+        "s3:bucket/prefix",
         {"/data": {"size_gb": 3}},
         {"/data": "s3://b", "/data/": "s3://c"},
         ["s3://a", "s3://b"],

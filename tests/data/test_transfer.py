@@ -416,8 +416,11 @@ def test_s3_by_way_of_fsspec_where_there_is_a_proxy(s3: S3) -> None:
 
 
 def test_an_unknown_scheme_says_so() -> None:
-    with pytest.raises(DataError, match="quux"):
+    with pytest.raises(DataError, match="knows no quux://"):
         open_source("quux://host/path")
+    with pytest.raises(DataError, match="did you mean http://") as caught:
+        open_source("htp://user:secret@host/path")
+    assert "secret" not in str(caught.value)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import settings
 from ..errors import CacheFull, DataAccessDenied, DataError, DataNotFound, DataUnavailable, FlowError
-from .spec import redact, scheme_of
+from .spec import check_path, redact, scheme_of
 
 if TYPE_CHECKING:
     from .model import Object
@@ -67,6 +67,7 @@ def normal_url(url: str) -> str:
     if scheme != "file":
         return url
     bare = url.removeprefix("file://")
+    check_path(bare)
     path = os.path.abspath(os.path.expanduser(bare))
     return path + "/" if bare.endswith("/") and path != "/" else path
 
@@ -246,4 +247,17 @@ def explain(error: Exception, url: str) -> DataError:
         return DataUnavailable(f"the server of {shown} does not answer: {text}", url=shown)
     if isinstance(error, ImportError):
         return DataError(f"{shown} needs a package that is not installed: {text}", url=shown)
+    if isinstance(error, ValueError) and text.startswith("Protocol not known"):
+        return _unknown_scheme(shown)
     return DataError(f"{shown}: {type(error).__name__}: {text}", url=shown)
+
+
+def _unknown_scheme(url: str) -> DataError:
+    from difflib import get_close_matches
+
+    from fsspec import available_protocols
+
+    scheme = scheme_of(url)
+    near = get_close_matches(scheme, available_protocols(), 1)
+    hint = f"did you mean {near[0]}://?" if near else "install the package that gives fsspec this filesystem"
+    return DataError(f"{url}: fsspec knows no {scheme}://", url=url, hint=hint)

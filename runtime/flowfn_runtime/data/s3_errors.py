@@ -52,7 +52,7 @@ def meaning(refusal: Refusal, *, action: str, pinned: bool = False) -> Exception
             return DataChanged(
                 f"{url} was deleted after it was listed.", url=url, hint="Run again: a new listing decides."
             )
-        return DataNotFound(f"There is no object {url}.", url=url, hint=f"flow data ls {_parent(url)}")
+        return DataNotFound(f"There is no object {url}.", url=url, hint=f"flow data ls {parent(url)}")
     if status in (412, 416):
         return DataChanged(
             f"{url} is not the version that was listed.", url=url, hint="Run again: a new listing decides."
@@ -94,6 +94,8 @@ def meaning(refusal: Refusal, *, action: str, pinned: bool = False) -> Exception
     if status in (401, 403):
         if refusal.anonymous:
             hint = "The request was anonymous: give credentials, or leave out anon=True."
+        elif not code:  # an answer without a body, as to HEAD
+            hint = f"Check the credentials, and that they allow {_PERMISSIONS[action]}."
         else:
             hint = f"The credentials work but do not reach this: allow {_PERMISSIONS[action]}."
         what = f"listing {url}" if action == "list" else f"{action} access to {url}"
@@ -101,5 +103,6 @@ def meaning(refusal: Refusal, *, action: str, pinned: bool = False) -> Exception
     return DataError(f"{url}: {where} answers {status}: {told}", url=url)
 
 
-def _parent(url: str) -> str:
+def parent(url: str) -> str:
+    """What an object lies directly below."""
     return url.rstrip("/").rpartition("/")[0] + "/"

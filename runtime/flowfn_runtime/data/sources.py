@@ -18,6 +18,7 @@ from flowfn_runtime.data.http1 import Asked
 from flowfn_runtime.data.model import Listing, Object
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import PAGE_KEYS, S3
+from flowfn_runtime.data.s3_errors import parent
 from flowfn_runtime.data.s3_page import Page, Pages
 from flowfn_runtime.data.spec import scheme_of
 from flowfn_runtime.errors import DataAccessDenied, DataError, DataNotFound
@@ -148,7 +149,7 @@ class S3Source:
             return self.client.head(self.key)
         if page.first == self.key:
             return page.objects[0]
-        raise DataNotFound(f"There is no object {self.url}.", url=self.url, hint=f"flow data ls {self.url}")
+        raise DataNotFound(f"There is no object {self.url}.", url=self.url, hint=f"flow data ls {parent(self.url)}")
 
     def listing(self, *, hints: Sequence[str] = ()) -> Listing:
         patience = Patience(self.url)

@@ -47,6 +47,7 @@ ACCEPTED_SOURCES = (
 )
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*(?:::[A-Za-z0-9+.\-]+)*)://")
+_ALMOST_URL = re.compile(r"^(s3a?|gs|gcs|az|abfss?|https?|hf|volume|file):/?(?!/)", re.IGNORECASE)
 # Options that carry no secret: only their values are ever shown or stored.
 _PUBLIC_OPTIONS = frozenset(
     [
@@ -219,6 +220,14 @@ def is_url(source: str) -> bool:
     return _SCHEME.match(source) is not None
 
 
+def check_path(path: str) -> None:
+    """Raise `ValidationError` for what is no path but a URL with a slash too few, such as `s3:/bucket`."""
+    if match := _ALMOST_URL.match(path):
+        raise ValidationError(
+            f"{path!r} is neither a URL nor a path.", hint=f"Did you mean {match[1]}://{path[match.end() :]}?"
+        )
+
+
 def redact(url: str) -> str:
     """`url` fit to be shown: without a password, and without the query of a signed or tokened URL."""
     match = _SCHEME.match(url)
@@ -266,6 +275,7 @@ def normalise_source(source: object, target: str) -> str:
         raise ValidationError(f"The mount at {target} has the source {source!r}, which is not {ACCEPTED_SOURCES}.")
     match = _SCHEME.match(source)
     if match is None:
+        check_path(source)
         return os.path.abspath(os.path.expanduser(source))
     scheme, rest = match.group(1).lower(), source[match.end() :]
     if scheme == "file":
