@@ -55,7 +55,7 @@ def run(args: Any) -> int:
         return 0
     if args.verb == "du":
         wanted = [volumes.get(name, project) for name in args.volume] or volumes.list_volumes(project)
-        used = [(volume, volumes.usage_bytes(volume)) for volume in wanted]
+        used = [(volume, volumes.check_size(volume)) for volume in wanted]
         if args.json:
             output.print_json([volume.to_dict() | {"used_bytes": size} for volume, size in used])
         else:

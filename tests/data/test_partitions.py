@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3 import S3
 
 from flowfn_runtime.data.globs import files, split, translate
 from flowfn_runtime.data.partitions import Partition, align, parse_size, partitions
@@ -35,6 +36,7 @@ def tree(root: Path, *names: str) -> None:
         ("part-?.[ct]sv", ["part-1.csv", "part-2.tsv"], ["part-10.csv", "part-1.xsv"]),
         ("[!a]", ["b"], ["a"]),
         ("[^a]", ["^", "a"], ["b"]),
+        ("a[!b]c", ["axc"], ["a/c"]),
         ("[", ["["], [""]),
         ("a+(b)", ["a+(b)"], ["aab"]),
     ],
@@ -63,6 +65,24 @@ def test_files_of_a_directory(tmp_path: Path) -> None:
         list(files(f"{tmp_path}/*.parquet"))
     with pytest.raises(DataNotFound):
         list(files(f"{tmp_path}/none/*"))
+
+
+def test_a_glob_looks_only_where_it_can_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: S3) -> None:
+    tree(tmp_path, "1.csv", "run-1/2.csv", "run-1/deep/3.csv", "other/4.csv")
+    (tmp_path / "run-2").symlink_to("other")
+    seen: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(os.path.basename(path.rstrip("/"))) or scandir(path))
+    assert [file.name for file in files(f"{tmp_path}/*.csv")] == ["1.csv"]
+    assert [file.name for file in files(f"{tmp_path}/run-?/*.csv")] == ["2.csv", "4.csv"]
+    assert seen == [tmp_path.name, tmp_path.name, "run-1", "run-2"]
+    tree(s3.root, "1.csv", "run-1.csv", "run.csv", *(f"run-1/{n:04}.csv" for n in range(1001)))
+    with s3.proxy() as proxy:
+        options = s3.through(proxy).options
+        assert [file.name for file in files(f"{s3.url}/r*.csv", storage_options=options)] == ["run-1.csv", "run.csv"]
+        assert len(proxy.requests) == 1
+        assert sum(1 for _ in files(f"{s3.url}/run-*/*", storage_options=options)) == 1001
+        assert len(proxy.requests) == 3
 
 
 def test_files_of_a_bucket_are_pinned_and_listed_lazily(bucket: Path) -> None:

@@ -54,6 +54,8 @@ def test_a_local_file_is_its_own_path(tmp_path: Path, monkeypatch: pytest.Monkey
         with open(ref) as opened:
             assert opened.read() == Path(ref).read_text() == "a,b\n1,2\n"
     assert ref.name == "data.csv"
+    np.save("array.npy", np.arange(3))
+    assert list(np.load(File("array.npy"))) == list(np.load(File("array.npy"), mmap_mode="r")) == [0, 1, 2]
 
 
 def test_identity(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from flowfn.cli import main
 from flowfn_runtime.data import volumes
 from flowfn_runtime.errors import FlowError, ValidationError, VolumeError, VolumeInUse, VolumeNotFound
 
@@ -308,6 +309,9 @@ def test_usage_counts_blocks_and_hard_links_once(caplog: pytest.LogCaptureFixtur
         with Path(volume.path, "big").open("wb") as big:
             os.posix_fallocate(big.fileno(), 0, 1_100_000_000)
         assert volumes.check_size(volume) > 10**9
+        assert "more than its size of 1 GB" in caplog.text
+        caplog.clear()
+        assert main(["volume", "du", "models"]) == 0
     assert "more than its size of 1 GB" in caplog.text
 
 

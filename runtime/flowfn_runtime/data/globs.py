@@ -31,7 +31,7 @@ def files(url: str, *, storage_options: Mapping[str, Any] | None = None) -> Iter
         yield File(url, storage_options=storage_options)
         return
     matches = translate(pattern).fullmatch
-    for relative, info in _below(base, storage_options):
+    for relative, info in _below(base, pattern, storage_options):
         if matches(relative):
             found = True
             yield File._of(info.url, storage_options, pin=info)
@@ -75,7 +75,7 @@ def translate(pattern: str) -> re.Pattern[str]:
         elif rest[0] == "[" and (end := rest.find("]", 2)) > 0:
             inner = rest[1:end].replace("\\", "\\\\")
             inner = "^" + inner[1:] if inner[0] == "!" else "\\" + inner if inner[0] == "^" else inner
-            out += f"[{inner}]"
+            out += f"(?!/)[{inner}]"
             position += end + 1
         else:
             out += re.escape(rest[0])
@@ -83,15 +83,16 @@ def translate(pattern: str) -> re.Pattern[str]:
     return re.compile(out, re.DOTALL)
 
 
-def _below(base: str, options: Mapping[str, Any] | None) -> Iterator[tuple[str, Info]]:
-    """Every file below a directory, by its path relative to it."""
+def _below(base: str, pattern: str, options: Mapping[str, Any] | None) -> Iterator[tuple[str, Info]]:
+    """Files below a directory, by their paths in it: all that match, and more where that costs nothing."""
     with access.explained(base):
         if (local := access.local_path(base)) is not None:
-            yield from _walk(base, local, "")
+            yield from _walk(base, local, "", pattern.split("/"))
             return
         source = access.source(base, options)
         if scheme_of(base) in ("s3", "s3a"):
-            listed = _pages(source)
+            magic = _MAGIC.search(pattern)
+            listed = _pages(source, pattern[: magic.start()] if magic else "", deep="/" in pattern or "**" in pattern)
             prefix = base.partition("://")[2].partition("/")[2]
         else:
             listing = source.listing()
@@ -102,20 +103,25 @@ def _below(base: str, options: Mapping[str, Any] | None) -> Iterator[tuple[str, 
                 yield relative, access.info_of(source.object_url(found.key), found)
 
 
-def _pages(source: Any) -> Iterator[Any]:
+def _pages(source: Any, beginning: str, *, deep: bool) -> Iterator[Any]:
     from .retry import Patience
 
     patience = Patience(source.url)
     token: str | None = None
     while True:
-        page = patience.attempt(lambda: source.client.page(source.key, token=token))  # noqa: B023
+        page = patience.attempt(
+            lambda: source.client.page(source.key + beginning, token=token, delimiter=None if deep else "/")  # noqa: B023
+        )
         yield from page.objects
         token = page.token
         if token is None:
             return
 
 
-def _walk(base: str, folder: str, prefix: str) -> Iterator[tuple[str, Info]]:
+def _walk(base: str, folder: str, prefix: str, levels: list[str]) -> Iterator[tuple[str, Info]]:
+    """`levels` are the names still to be matched; from `**` on, any. Only named levels lead through symbolic links."""
+    anywhere = "**" in levels[0]
+    matches = translate(levels[0]).fullmatch
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name + ("/" if entry.is_dir() else ""))
@@ -123,8 +129,11 @@ def _walk(base: str, folder: str, prefix: str) -> Iterator[tuple[str, Info]]:
         return
     for entry in listed:
         relative = prefix + entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(base, entry.path, relative + "/")
+        if entry.is_dir(follow_symlinks=not anywhere):
+            if anywhere:
+                yield from _walk(base, entry.path, relative + "/", levels)
+            elif len(levels) > 1 and matches(entry.name):
+                yield from _walk(base, entry.path, relative + "/", levels[1:])
         elif entry.is_file():
             stat = entry.stat()
             modified = datetime.fromtimestamp(stat.st_mtime, tz=timezone.utc)

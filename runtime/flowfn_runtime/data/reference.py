@@ -16,6 +16,8 @@ from .access import Info
 from .spec import public_options, redact
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .staging import Staged
 
 R = TypeVar("R", bound="Reference")
@@ -194,6 +196,12 @@ class Readable(Reference):
             if self._staged is None or not os.path.exists(self._staged.path):
                 self._staged = self._stage()
             return self._staged.path
+
+    def resolve(self) -> Path:
+        """The path as a `pathlib.Path`. numpy asks every `os.PathLike` for it: `numpy.load(ref, mmap_mode="r")`."""
+        from pathlib import Path
+
+        return Path(self.path).resolve()
 
     def _stage(self) -> Staged:
         raise NotImplementedError

@@ -164,9 +164,13 @@ class S3:
 
     # -- what the server holds -----------------------------------------------------------------------------------------
 
-    def page(self, prefix: str, *, after: str | None = None, token: str | None = None) -> Page:
-        """One page of keys with `prefix`, in order."""
+    def page(
+        self, prefix: str, *, after: str | None = None, token: str | None = None, delimiter: str | None = None
+    ) -> Page:
+        """One page of keys with `prefix`, in order; with a `delimiter` only those that don't have it further on."""
         query = {"list-type": "2", "prefix": prefix, "max-keys": str(PAGE_KEYS), "encoding-type": "url"}
+        if delimiter:
+            query["delimiter"] = delimiter
         if token:
             query["continuation-token"] = token
         elif after:
