@@ -185,7 +185,8 @@ def test_multipart_etags_are_digests_too(exact_s3: Any) -> None:
         assert matches(snapshot.path, len(data), "opaque") is None
 
 
-segments = st.sampled_from(["a", "b", "..", ".", "", "A", "ü", "c.d"])
+BAD = {"", ".", "..", "a\0b", "\udc80", "n" * 256, "ü" * 128}
+segments = st.sampled_from(["a", "b", "A", "ü", "c.d", "..a", "\\", "~", " ", "\n", "n" * 255, *sorted(BAD)])
 keys = st.lists(segments, min_size=1, max_size=5).map("/".join)
 
 
@@ -196,7 +197,7 @@ def test_no_key_leads_out_of_the_tree(objects: list[tuple[str, int]]) -> None:
         tree = plan(listing)
     except DataError:
         names = [key.removesuffix("/") if not size else key for key, size in objects]
-        odd = any({"", ".", ".."} & set(name.split("/")) for name in names)
+        odd = any(BAD & set(name.split("/")) for name in names)
         folders = {key.rstrip("/") for key, size in objects if not size and key.endswith("/")} | {
             "/".join(key.split("/")[:depth]) for key, _ in objects for depth in range(1, key.count("/") + 1)
         }
@@ -205,7 +206,7 @@ def test_no_key_leads_out_of_the_tree(objects: list[tuple[str, int]]) -> None:
     paths = [*tree.directories, *(path for path, _ in tree.files)]
     assert len(paths) == len(set(paths))
     for path in paths:
-        assert os.path.normpath(path) == path and not path.startswith(("/", ".."))
+        assert os.path.normpath(path) == path and path[0] != "/" and path.split("/")[0] != ".."
         parent = os.path.dirname(path)
         assert not parent or parent in tree.directories
 
@@ -317,6 +318,17 @@ def test_a_full_disk_is_cache_full_and_leaves_room_again(
     with stage(s3, "set", cache=cache) as snapshot:
         assert len(content(snapshot)) == 6
     assert not list(verify(cache))
+
+
+def test_a_disk_without_inodes_left_is_full_too(s3: S3, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,nr_inodes=150", str(small_disk)], check=True)
+    for index in range(100):
+        s3.put(f"set/{index // 3}/{index}", bytes(10))
+    cache = Cache(str(small_disk / "cache"))
+    with pytest.raises(CacheFull, match=r"of the 150 files \(inodes\)"):
+        stage(s3, "set", cache=cache)
+    with stage(s3, "set/0", cache=cache) as snapshot:
+        assert len(content(snapshot)) == 3
 
 
 def test_a_disk_that_fills_up_in_mid_transfer(s3: S3, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

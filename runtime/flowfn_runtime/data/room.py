@@ -120,6 +120,9 @@ class Room:
             f"{size(need)} of {url} don't fit into the cache {self.root}: it may hold {size(self.limit_bytes)} and "
             f"holds {size(self.used_bytes())}, and its disk has {size(self.free_bytes())} free"
         ]
+        disk = os.statvfs(self.root)
+        if disk.f_files and need <= self.free_bytes():
+            parts.append(f"of the {disk.f_files:,} files (inodes) of the disk {disk.f_favail:,} are free")
         if busy:
             shown = ", ".join(f"{snapshot.url} ({size(snapshot.size_bytes)})" for snapshot in busy[:3])
             more = f" and {len(busy) - 3} more" if len(busy) > 3 else ""
