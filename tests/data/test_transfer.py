@@ -392,6 +392,38 @@ def test_other_filesystems_are_sources_too(tmp_path: Path) -> None:
     memory.rm(name, recursive=True)
 
 
+def test_archives_are_told_apart(tmp_path: Path) -> None:
+    import zipfile
+
+    def archive(name: str, content: str) -> str:
+        with zipfile.ZipFile(tmp_path / name, "w") as packed:
+            packed.writestr("top.txt", content)
+            packed.writestr("sub/a.txt", content)
+        return str(tmp_path / name)
+
+    def staged(url: str) -> tuple[dict[str, bytes], int]:
+        with Cache().stage(open_source(url)) as snapshot:
+            path = Path(snapshot.path)
+            return {path.name: path.read_bytes()} if snapshot.single else tree(path), snapshot.fetched_bytes
+
+    one, two = archive("1.zip", "abc"), archive("2.zip", "xyz")
+    assert staged(f"zip://::{one}") == ({"top.txt": b"abc", "sub/a.txt": b"abc"}, 6)
+    assert staged(f"zip://::{one}")[1] == 0
+    assert staged(f"zip://sub::{two}") == ({"a.txt": b"xyz"}, 3)
+    assert staged(f"zip://top.txt::{two}") == ({"top.txt": b"xyz"}, 3)
+    archive("1.zip", "new")
+    assert staged(f"zip://sub::{one}") == ({"a.txt": b"new"}, 3)
+
+
+def test_what_has_neither_version_nor_time_is_not_taken_for_the_same(web: str) -> None:
+    source = open_source(f"{web}/plain")
+    for content in (b"old", b"new"):
+        Handler.content = content
+        with Cache().stage(source) as snapshot:
+            assert Path(snapshot.path).read_bytes() == content
+    source.close()
+
+
 def test_s3_by_way_of_fsspec_where_there_is_a_proxy(s3: S3) -> None:
     """Proxies are left to s3fs: the same data, credentials and errors."""
     expected = {"a": b"a", "sub/b": os.urandom(WHOLE_BYTES + 5), "empty": b""}

@@ -98,6 +98,8 @@ def filesystem(url: str, options: Options) -> tuple[Any, str]:
         if scheme_of(url) not in ("file", "volume"):
             # A listing that fsspec remembers would hide that an object has changed.
             more.setdefault("use_listings_cache", False)
+        if "::" in url:
+            more.setdefault("skip_instance_cache", True)  # an archive that was opened before may have been replaced
         fs, path = fsspec.core.url_to_fs(url, **more)
         return fs, path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import posixpath
+import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +36,10 @@ _FROM_ENV = {
     },
     "hf": {"HF_TOKEN": "token", "HF_ENDPOINT": "endpoint"},
 }
+_WHO_ASKS = frozenset(
+    {"key", "secret", "token", "profile", "password", "account_key", "sas_token", "skip_instance_cache"}
+)
+_NO_VERSION = frozenset({"name", "size", "type", "url", "mimetype"})
 _SAME = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs", "adl": "abfs"}
 
 
@@ -59,7 +63,7 @@ class FsspecSource:
             threading.Lock() if not getattr(self._fs, "async_impl", False) else nullcontext()
         )
         self._prefix = url.partition("://")[0] + "://" if "://" in url else ""
-        self.identity = f"fsspec {scheme} {getattr(self._fs, 'fsid', '') if _has_fsid(self._fs) else ''}"
+        self.identity = f"fsspec {scheme} {_which(self._fs)}"
 
     def object_url(self, key: str) -> str:
         return self._prefix + key
@@ -84,10 +88,9 @@ class FsspecSource:
     def listing(self, *, hints: Sequence[str] = ()) -> Listing:
         info = self._try(self._info)
         if info.get("type") != "directory":
-            return Listing(
-                self.url, posixpath.dirname(self._path).rstrip("/") + "/", True, (self._object(self._path, info),)
-            )
-        root = self._path.rstrip("/") + "/"
+            base = self._path[: self._path.rfind("/") + 1]
+            return Listing(self.url, base, True, (self._object(self._path, info),))
+        root = self._path.rstrip("/") + "/" if self._path else ""
         found = self._try(lambda: self._fs.find(self._path, detail=True))
         objects = [
             self._object(name, entry)
@@ -100,11 +103,12 @@ class FsspecSource:
 
     def _object(self, key: str, raw: Mapping[str, Any]) -> Object:
         info = self._access.info_from(self.url, raw)
+        # Only S3 promises what its ETag is; elsewhere it is a version like any other.
+        version = " ".join(filter(None, (info.etag, info.version)))
         return Object(
             key=key,
             size=info.size_bytes,
-            # Only S3 promises what its ETag is; elsewhere it is a version like any other.
-            version=" ".join(filter(None, (info.etag, info.version))) or None,
+            version=version or (None if info.modified else _described(raw)),
             modified=info.modified.timestamp() if info.modified else None,
         )
 
@@ -165,8 +169,27 @@ class FsspecSource:
         return meaning
 
 
-def _has_fsid(fs: Any) -> bool:
+def _which(fs: Any) -> str:
+    """Tells one filesystem of a kind from the others: two servers, or two archives, may have files of one name."""
     try:
-        return bool(fs.fsid)
+        if fs.fsid:
+            return str(fs.fsid)
     except (NotImplementedError, AttributeError):
-        return False
+        pass
+    made_of = [*fs.storage_args, sorted(_lasting(fs.storage_options).items())]
+    return hashlib.sha256(repr(made_of).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those that say who asks: they are renewed, and the data stays."""
+    return {
+        name: _lasting(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _WHO_ASKS
+    }
+
+
+def _described(raw: Mapping[str, Any]) -> str | None:
+    """What else a filesystem says of a file (a checksum, a blob's id, ...) where it names neither version nor time."""
+    more = sorted((str(name), repr(value)) for name, value in raw.items() if name not in _NO_VERSION)
+    return hashlib.sha256(repr(more).encode("utf-8", "surrogatepass")).hexdigest()[:40] if more else None
