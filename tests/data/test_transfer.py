@@ -32,7 +32,7 @@ from flowfn_runtime.data.s3 import Signer
 from flowfn_runtime.data.sources import S3Source, open_source
 from flowfn_runtime.data.transfer import PART_BYTES, WHOLE_BYTES
 from flowfn_runtime.data.upload import upload
-from flowfn_runtime.errors import ConfigError, DataAccessDenied, DataError, DataNotFound
+from flowfn_runtime.errors import ConfigError, DataAccessDenied, DataError, DataNotFound, FlowError
 
 
 def fetch(url: str, options: dict[str, Any], path: Path, **more: Any) -> int:
@@ -447,12 +447,25 @@ def test_s3_by_way_of_fsspec_where_there_is_a_proxy(s3: S3) -> None:
         FsspecSource(f"{s3.url}/set", {"secret": "wrong"}, s3.env).listing()
 
 
-def test_an_unknown_scheme_says_so() -> None:
-    with pytest.raises(DataError, match="knows no quux://"):
-        open_source("quux://host/path")
-    with pytest.raises(DataError, match="did you mean http://") as caught:
-        open_source("htp://user:secret@host/path")
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("url", "message", "hint"),
+    [
+        ("quux://host/path", "knows no quux://", "install the package"),
+        ("htp://user:secret@host/path", "knows no htp://", "did you mean http://"),
+        ("gs://bucket/path", "needs a package", "pip install gcsfs"),
+        ("hf://datasets/x/y", "needs a package", "pip install huggingface_hub"),
+        ("s3://", "names no bucket", "s3://bucket"),
+        ("http:///path", "names no server", "http://server"),
+        ("s3:/bucket/path", "neither a URL nor a path", "s3://bucket/path"),
+        ("http://127.0.0.1:9/x", "Connection refused", "URL right"),
+        ("", "is empty", "unset"),
+    ],
+)
+def test_what_can_be_no_source_says_so(url: str, message: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOW_DATA_PATIENCE", "0.2")
+    with pytest.raises(FlowError, match=message) as caught:
+        open_source(url).listing()
+    assert hint in (caught.value.hint or "") and "secret" not in str(caught.value)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

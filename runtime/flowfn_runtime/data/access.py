@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,7 +249,9 @@ def explain(error: Exception, url: str) -> DataError:
     if isinstance(error, (ConnectionError, TimeoutError)) or "connect" in text.lower() or "timed out" in text.lower():
         return DataUnavailable(f"the server of {shown} does not answer: {text}", url=shown)
     if isinstance(error, ImportError):
-        return DataError(f"{shown} needs a package that is not installed: {text}", url=shown)
+        package = re.search(r"nstall \W?([\w-]+)", text)
+        hint = f"pip install {package.group(1)}" if package else None
+        return DataError(f"{shown} needs a package that is not installed: {text}", url=shown, hint=hint)
     if isinstance(error, ValueError) and text.startswith("Protocol not known"):
         return _unknown_scheme(shown)
     return DataError(f"{shown}: {type(error).__name__}: {text}", url=shown)

@@ -51,6 +51,8 @@ class HttpSource:
             port = parts.port
         except ValueError:
             raise DataError(f"{redact(url)} has no valid port.", url=redact(url)) from None
+        if not parts.hostname:
+            raise DataError(f"{redact(url)} names no server.", url=redact(url), hint="Write http://server/path.")
         self._endpoint = Endpoint(parts.scheme, parts.hostname or "", port, ca_file=self._ca_file)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._pool = Pool(self._endpoint)

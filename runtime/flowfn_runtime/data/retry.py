@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from flowfn_runtime.data.endpoint import Unreachable, WireError
-from flowfn_runtime.data.spec import redact
+from flowfn_runtime.data.spec import redact, scheme_of
 from flowfn_runtime.errors import CallCancelled, ConfigError, DataUnavailable
 
 T = TypeVar("T")
@@ -61,9 +61,7 @@ class Patience:
                     raise DataUnavailable(
                         f"{redact(self.url)} can't be reached: {error} (tried for {waited:.0f} s).",
                         url=self.url,
-                        hint="Is the server up, and the endpoint right (AWS_ENDPOINT_URL_S3 or endpoint_url=)?"
-                        if isinstance(error, Unreachable)
-                        else "Try again later; FLOW_DATA_PATIENCE (seconds) makes us more patient.",
+                        hint=self._remedy(error),
                     ) from error
                 import random  # not before it is needed: it takes as long as half of this package
 
@@ -74,3 +72,10 @@ class Patience:
             else:
                 self.succeeded()
                 return result
+
+    def _remedy(self, error: WireError) -> str:
+        if not isinstance(error, Unreachable):
+            return "Try again later; FLOW_DATA_PATIENCE (seconds) makes us more patient."
+        if scheme_of(self.url) in ("http", "https"):
+            return "Is the server up, and the URL right?"
+        return "Is the server up, and the endpoint right (AWS_ENDPOINT_URL_S3 or endpoint_url=)?"

@@ -20,8 +20,8 @@ from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.s3 import PAGE_KEYS, S3
 from flowfn_runtime.data.s3_errors import parent
 from flowfn_runtime.data.s3_page import Page, Pages
-from flowfn_runtime.data.spec import scheme_of
-from flowfn_runtime.errors import DataAccessDenied, DataError, DataNotFound
+from flowfn_runtime.data.spec import check_path, scheme_of
+from flowfn_runtime.errors import DataAccessDenied, DataError, DataNotFound, ValidationError
 
 # Series of pages that are asked for side by side.
 _MOST_SERIES = 16
@@ -73,7 +73,13 @@ def open_source(url: str, options: Mapping[str, Any] | None = None, env: Mapping
 
 def _open(url: str, options: Mapping[str, Any], env: Mapping[str, str]) -> Source:
     scheme = scheme_of(url)
+    if not url:
+        raise ValidationError("The URL is empty.", hint="Is a variable unset?")
+    if scheme == "file":
+        check_path(url)
     if scheme in ("s3", "s3a"):
+        if not url.partition("://")[2].partition("/")[0]:
+            raise DataError(f"{url} names no bucket.", url=url, hint="Write s3://bucket/prefix.")
         settings = s3_settings(options, env)
         if not _proxied(settings.endpoint or "https://s3.amazonaws.com", env):
             bucket, _, key = url.partition("://")[2].partition("/")
