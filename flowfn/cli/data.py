@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -113,34 +112,13 @@ def _stat(args: Any) -> int:
 
 
 def _cp(args: Any) -> int:
-    import tempfile
-
     from flowfn import config
-    from flowfn_runtime.data.copying import download
-    from flowfn_runtime.data.spec import is_url
-    from flowfn_runtime.data.upload import upload
-    from flowfn_runtime.errors import ValidationError
+    from flowfn_runtime.data.copying import copy
 
     from . import output, progress
 
-    if not is_url(args.source) and not is_url(args.target):
-        raise ValidationError("Neither of the two is a URL.", hint="For local copies there is cp.")
-    options = config.load().storage_options
-    with progress.bar(quiet=args.json) as tell, tempfile.TemporaryDirectory(prefix="flow-cp-") as between:
-        path = args.source
-        if is_url(args.source):
-            # From one store to another by way of this machine's disk.
-            path = args.target if not is_url(args.target) else os.path.join(between, "data")
-            source = _open(args.source)
-            try:
-                count = download(source, path, progress=tell)
-            finally:
-                source.close()
-        if is_url(args.target):
-            target = args.target
-            if target.endswith("/") and not os.path.isdir(path):
-                target += os.path.basename(args.source.rstrip("/"))
-            count = upload(path, target, options=options(target), progress=tell)
+    with progress.bar(quiet=args.json) as tell:
+        count = copy(args.source, args.target, options=config.load().storage_options, progress=tell)
     if args.json:
         output.print_json({"source": args.source, "target": args.target, "size_bytes": count})
     else:

@@ -21,6 +21,7 @@ from flowfn_runtime.data.cache import Cache
 from flowfn_runtime.data.snapshot import Snapshot
 from flowfn_runtime.data.sources import open_source
 from flowfn_runtime.data.transfer import PART_BYTES, WHOLE_BYTES
+from flowfn_runtime.data.upload import upload
 from flowfn_runtime.data.verify import verify
 from flowfn_runtime.errors import DataAccessDenied, DataChanged, DataError, DataNotFound, DataUnavailable
 
@@ -434,3 +435,55 @@ def test_a_stager_that_ends_while_the_server_is_silent_leaves_nothing(
     assert not left  # the bytes went with the process, without anybody who sweeps
     if number == signal.SIGINT:
         assert not list(building.iterdir())
+
+
+@pytest.mark.parametrize("upwards", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_copy_that_ends_while_the_server_is_silent_leaves_nothing(
+    s3: S3, proxy: Proxy, tmp_path: Path, number: signal.Signals, upwards: bool
+) -> None:
+    data = os.urandom(WHOLE_BYTES + 4 * MEBI)
+    s3.put("big", data)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_bytes(data)
+    stalled, done = threading.Event(), threading.Event()
+
+    def stall() -> None:
+        stalled.set()
+        done.wait(100)
+
+    def rule(request: Request) -> Fault | None:
+        return Fault(then=stall, keep=MEBI if request.is_get else None) if not request.is_listing else None
+
+    if upwards:
+        proxy.rule = lambda request: rule(request) if "partNumber=2" in request.target else None
+        places = [str(out / "old"), f"{s3.url}/new"]
+    else:
+        proxy.rule = rule
+        places = [f"{s3.url}/big", str(out / "old")]
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("flow")), "data", "cp", *places],
+        env={**os.environ, **s3.through(proxy).env, "TMPDIR": str(tmp_path)},
+    )
+    try:
+        assert stalled.wait(60)
+        process.send_signal(number)
+        # Not when the server comes back.
+        assert process.wait(30) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    finally:
+        process.kill()
+        done.set()
+    assert not (s3.root / "new").exists()
+    assert [path.name for path in out.iterdir()] == ["old"] and (out / "old").read_bytes() == data
+    assert not list(tmp_path.glob("flow-cp-*"))
+
+
+def test_a_server_that_is_gone_while_parts_are_written_is_the_error_that_is_shown(
+    s3: S3, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOW_DATA_PATIENCE", "0.5")
+    (tmp_path / "big").write_bytes(bytes(WHOLE_BYTES + MEBI))
+    proxy.rule = lambda request: Fault(reset=True) if "uploadId" in request.target else None
+    with pytest.raises(DataUnavailable, match="can't be reached"):
+        upload(str(tmp_path / "big"), f"{s3.url}/new", options=s3.through(proxy).options)

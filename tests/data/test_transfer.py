@@ -538,3 +538,48 @@ def test_the_data_verb(configured: S3, capsysbinary: Any, tmp_path: Path) -> Non
     for arguments in (("ls", f"{s3.url}/nothing"), ("cat", f"{s3.url}/nothing"), ("stat", f"{s3.url}/nothing")):
         run(*arguments, code=3)
     run("cp", "a", "b", code=2)
+
+
+def test_copies_between_all_kinds_of_places(
+    configured: S3, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3, here = configured, tmp_path / "here"
+    s3.put("set/a.txt", b"abc")
+    s3.put("set/sub/b", b"defg")
+    whole = {"a.txt": b"abc", "sub/b": b"defg"}
+
+    def cp(source: object, target: object, code: int = 0) -> str:
+        assert main(["data", "cp", str(source), str(target)]) == code
+        return capsys.readouterr().err
+
+    cp(f"{s3.url}/set", here)
+    cp(f"{s3.url}/set/a.txt", f"{tmp_path}/new/")
+    cp(f"{s3.url}/set/a.txt", f"file://{tmp_path}/new/c.txt")
+    assert tree(tmp_path / "new") == {"a.txt": b"abc", "c.txt": b"abc"}
+    os.chmod(here / "sub/b", 0o755)
+    cp(here, "volume://vol/all")
+    cp(here / "a.txt", "volume://vol")
+    cp(f"{s3.url}/set", "volume://vol/more")
+    cp(f"{s3.url}/set/a.txt", "volume://vol/one/")
+    cp("volume://vol", f"{s3.url}/back")
+    expected = {f"{place}/{name}": content for place in ("all", "more") for name, content in whole.items()}
+    assert tree(s3.root / "back") == expected | {"a.txt": b"abc", "one/a.txt": b"abc"}
+    cp("volume://vol", tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(s3.root / "back")
+    cp("volume://vol/all", f"file://{tmp_path}/filed")
+    assert os.stat(tmp_path / "filed/sub/b").st_mode & 0o700 == 0o700 and tree(tmp_path / "filed") == whole
+    # What came by way of the cache can be written to, and replaced.
+    cp("volume://vol/all/sub/b", "volume://vol/more/a.txt")
+    cp("volume://vol/more/a.txt", tmp_path / "out/a.txt")
+    assert (tmp_path / "out/a.txt").read_bytes() == b"defg"
+
+    assert "is a file" in cp(f"{s3.url}/set", here / "a.txt", code=1)
+    assert "Not a directory" in cp(f"{s3.url}/set/a.txt", here / "a.txt/x", code=1)
+    assert f"mkdir -p {tmp_path}/no" in cp(f"{s3.url}/set/a.txt", tmp_path / "no/x", code=1)
+    (tmp_path / "empty").mkdir()
+    assert "no files" in cp(tmp_path / "empty", f"{s3.url}/empty", code=1)
+    # Nothing is left but what was asked for, where the system has no nameless files neither.
+    monkeypatch.setattr("flowfn_runtime.data.newfile.nameless", lambda folder, mode: None)
+    cp(f"{s3.url}/set", here)
+    cp(f"{s3.url}/set/a.txt", "volume://vol/one/")
+    assert tree(here) == whole and not list(tmp_path.rglob(".flow-*"))

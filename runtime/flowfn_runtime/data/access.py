@@ -73,15 +73,18 @@ def normal_url(url: str) -> str:
     return path + "/" if bare.endswith("/") and path != "/" else path
 
 
-def local_path(url: str) -> str | None:
-    """The path of this machine's filesystem that `url` stands for; None if it has to be fetched."""
+def local_path(url: str, *, create: bool = False) -> str | None:
+    """The path of this machine's filesystem that `url` stands for; None if it lies elsewhere.
+
+    `create` makes a missing volume, and the directory in it.
+    """
     scheme = scheme_of(url)
     if scheme == "file":
         return url.removeprefix("file://")
     if scheme == "volume":
         from .volumefs import VolumeFileSystem
 
-        found: str = VolumeFileSystem().local_path(url)
+        found: str = VolumeFileSystem().local_path(url, create=create)
         return found
     return None
 

@@ -1,18 +1,21 @@
-"""Look at data and copy it, outside of the cache: what `flow data` does."""
+"""Look at data and copy it: what `flow data` does."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
-from flowfn_runtime.data import transfer
+from flowfn_runtime.data import access, transfer
 from flowfn_runtime.data.model import Listing, Object, Progress
+from flowfn_runtime.data.newfile import NewFile, new_mode
 from flowfn_runtime.data.retry import Patience
-from flowfn_runtime.data.sources import S3Source, Source
+from flowfn_runtime.data.sources import S3Source, Source, open_source
+from flowfn_runtime.data.spec import is_url, scheme_of
 from flowfn_runtime.data.tree import plan
-from flowfn_runtime.errors import DataError
+from flowfn_runtime.data.upload import upload
+from flowfn_runtime.errors import DataError, ValidationError
 
 Tell = Callable[[Progress], None]
 
@@ -51,22 +54,52 @@ def _s3_children(source: S3Source) -> Iterator[tuple[str, Object | None]]:
             return
 
 
+def copy(
+    source_url: str, target_url: str, *, options: Callable[[str], Mapping[str, Any]], progress: Tell | None = None
+) -> int:
+    """Copy a file or directory to another place, at most one of them a path of this machine; the bytes copied.
+
+    `options`: the storage options of a URL. Between two stores the data goes by way of the host's cache.
+    """
+    if not source_url or not target_url or not (is_url(source_url) or is_url(target_url)):
+        raise ValidationError("Neither of the two is a URL.", hint="For local copies there is cp.")
+    name = os.path.basename(source_url.rstrip("/"))
+    path = access.local_path(source_url)
+    if path is not None:
+        if not os.path.isdir(path):
+            target_url += name if target_url.endswith("/") else ""
+        elif not any(names for *_, names in os.walk(path, followlinks=True)):
+            raise DataError(f"There are no files in {source_url}.", url=source_url)
+        return upload(path, target_url, options=options(target_url), progress=progress)
+    with closing(open_source(source_url, options(source_url))) as source:
+        if scheme_of(target_url) == "file":
+            return download(source, target_url.removeprefix("file://"), progress=progress)
+        from flowfn_runtime.data.cache import Cache
+
+        with Cache().stage(source, progress=progress) as staged:
+            target_url += name if target_url.endswith("/") and staged.single else ""
+            return upload(staged.path, target_url, options=options(target_url), progress=progress)
+
+
 def download(source: Source, path: str, *, progress: Tell | None = None) -> int:
-    """Fetch what `source` stands for to `path`: one object as that file (or into it, if it is a directory), a prefix
-    as that directory. Files appear when they are whole. Returns the bytes fetched."""
+    """Fetch what `source` stands for to `path`: one object as that file (or into it, if it is a directory or ends in a
+    slash), a prefix as that directory. Files appear when they are whole. Returns the bytes fetched."""
     listing = source.listing()
     tree = plan(listing)
-    if listing.single:
-        ((name, object),) = tree.files
-        target = os.path.join(path, name) if os.path.isdir(path) else path
-        targets = [(target, object)]
-    else:
-        os.makedirs(path, exist_ok=True)
-        for folder in tree.directories:
-            os.makedirs(os.path.join(path, folder), exist_ok=True)
-        targets = [(os.path.join(path, name), object) for name, object in tree.files]
-    mode = 0o666 & ~_umask()  # asked once: to ask for it is to change it for a moment
-    return transfer.fetch(source, [FileJob(object, target, mode) for target, object in targets], progress=progress)
+    with access.explained(path):
+        if listing.single:
+            ((name, object),) = tree.files
+            if path.endswith("/"):
+                os.makedirs(path, exist_ok=True)
+            targets = [(os.path.join(path, name) if os.path.isdir(path) else path, object)]
+        else:
+            if os.path.lexists(path) and not os.path.isdir(path):
+                raise DataError(f"{path} is a file, and {listing.url} a directory.", url=path)
+            for folder in ("", *tree.directories):
+                os.makedirs(os.path.join(path, folder), exist_ok=True)
+            targets = [(os.path.join(path, name), object) for name, object in tree.files]
+        mode = new_mode()
+        return transfer.fetch(source, [FileJob(object, target, mode) for target, object in targets], progress=progress)
 
 
 def stream(source: Source, sink: Callable[[memoryview], Any]) -> None:
@@ -112,29 +145,22 @@ class FileJob:
         self.object = object
         self.path = path
         self.mode = mode
-        self._temporary = ""
+        self._file: NewFile | None = None
 
     def begin(self) -> int | None:
-        folder = os.path.dirname(os.path.abspath(self.path))
-        try:
-            fd, self._temporary = tempfile.mkstemp(prefix=".flow-", dir=folder)
-        except FileNotFoundError:
-            raise DataError(f"There is no directory {folder}.", url=self.path) from None
-        return fd
+        self._file = NewFile(self.path)
+        return self._file.fd
 
     def complete(self, fd: int) -> None:
-        if self.object.modified is not None:
-            os.utime(fd, (self.object.modified, self.object.modified))
-        os.fchmod(fd, self.mode)
-        os.close(fd)
-        os.replace(self._temporary, self.path)
+        assert self._file is not None
+        try:
+            if self.object.modified is not None:
+                os.utime(fd, (self.object.modified, self.object.modified))
+            os.fchmod(fd, self.mode)
+            self._file.commit()
+        finally:
+            self._file.drop()
 
     def abandon(self, fd: int) -> None:
-        os.close(fd)
-        os.unlink(self._temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        assert self._file is not None
+        self._file.drop()

@@ -7,6 +7,7 @@ import os
 
 from flowfn_runtime.data.locks import NamedLocks
 from flowfn_runtime.data.model import Object
+from flowfn_runtime.data.newfile import give_name, nameless
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.errors import DataError
 
@@ -56,7 +57,9 @@ class ObjectJob:
                 depot.locks.release(self.name)
                 return None
             # The mode is for those who open it later.
-            if (self.object.size or 0) >= _NAMELESS_BYTES and (fd := _nameless(os.path.dirname(self.path))) is not None:
+            if (self.object.size or 0) >= _NAMELESS_BYTES and (
+                fd := nameless(os.path.dirname(self.path), 0o444)
+            ) is not None:
                 self.nameless = True
                 return fd
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
@@ -70,8 +73,7 @@ class ObjectJob:
             if self.object.modified is not None:
                 os.utime(fd, (self.object.modified, self.object.modified))
             if self.nameless:
-                # The directory's descriptor is of no account, but makes Python follow the link.
-                os.link(f"/proc/self/fd/{fd}", self.path, src_dir_fd=fd, follow_symlinks=True)
+                give_name(fd, self.path)
                 self.nameless = False
             os.close(fd)
             self.arrived = True
@@ -119,16 +121,3 @@ class ObjectJob:
             url=self.depot.url,
             hint="Does that filesystem tell upper case from lower? Put FLOW_CACHE on one that does.",
         )
-
-
-def _nameless(folder: str) -> int | None:
-    """A new file in `folder` that has no name there; None where the system has none."""
-    flags = getattr(os, "O_TMPFILE", None)
-    if flags is None or not os.path.isdir("/proc/self/fd"):
-        return None
-    try:
-        return os.open(folder, os.O_RDWR | flags | os.O_CLOEXEC, 0o444)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-            raise
-        return None

@@ -10,7 +10,7 @@ import shutil
 from ..errors import DataError, DataNotFound
 from . import access
 from .access import Options
-from .spec import redact, scheme_of
+from .spec import redact
 from .upload import upload
 
 _PART = ".flowfn-part-"  # a copy under way, beside what it will become; locked by the process that makes it
@@ -24,7 +24,7 @@ def publish(path: str, url: str, options: Options = None) -> None:
     manifest, an index) comes last, and if one fails, the new ones before it are taken back.
     """
     with access.explained(url):
-        local = _local_target(url)
+        local = access.local_path(url, create=True)
         if os.path.isdir(path):
             if local is not None:
                 _local_tree(path, local.rstrip("/"))
@@ -37,15 +37,6 @@ def publish(path: str, url: str, options: Options = None) -> None:
             _place(path, local)
         else:
             upload(path, url, options=access.effective(url, options))
-
-
-def _local_target(url: str) -> str | None:
-    if scheme_of(url) == "volume":
-        from .volumefs import VolumeFileSystem
-
-        found: str = VolumeFileSystem().local_path(url, create=True)
-        return found
-    return access.local_path(url)
 
 
 # -- on this machine ---------------------------------------------------------------------------------------------------

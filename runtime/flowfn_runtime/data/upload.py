@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flowfn_runtime.data.endpoint import FileSlice
+from flowfn_runtime.data import access
+from flowfn_runtime.data.endpoint import FileSlice, WireError
+from flowfn_runtime.data.newfile import NewFile, new_mode
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import S3Source, open_source
-from flowfn_runtime.data.spec import redact
+from flowfn_runtime.data.spec import redact, scheme_of
 from flowfn_runtime.data.tally import Tally, Tell
 from flowfn_runtime.errors import DataError, DataNotFound
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _WHOLE_BYTES = 16 << 20
 _PART_BYTES = 16 << 20
 _MOST_PARTS = 10_000  # S3's own limit
 _THREADS = 8
+# How long a server may take to hear that an upload in parts is given up.
+_FAREWELL_S = 3
 
 
 def upload(
@@ -37,27 +46,49 @@ def upload(
     pairs = [(file, f"{target}/{name}" if name else target) for file, name in files]
     total = sum(os.stat(file).st_size for file, _ in pairs)
     tally = Tally(redact(url), total, len(pairs), progress)
-    source = open_source(url, options, env)
-    try:
-        if isinstance(source, S3Source):
+    if scheme_of(url) in ("file", "volume"):
+        _copy_here(pairs, tally)
+    elif isinstance(source := open_source(url, options, env), S3Source):
+        try:
             keys = [(file, address.partition("://")[2].partition("/")[2]) for file, address in pairs]
             if any(not key or key.endswith("/") for _, key in keys):
                 raise DataError(f"{url} names no object.", url=url, hint="Write the name too: s3://bucket/name.")
             _S3Upload(source, tally).run(keys)
-        else:
-            from flowfn_runtime.data import access
-
-            filesystem, _ = access.filesystem(url, options)
-            for file, address in pairs:
-                with access.explained(address):
-                    name = filesystem._strip_protocol(address)
-                    filesystem.makedirs(filesystem._parent(name), exist_ok=True)
-                    filesystem.put_file(file, name)
-                tally.add(os.stat(file).st_size, 1)
-    finally:
-        source.close()
+        finally:
+            source.close()
+    else:
+        filesystem, _ = access.filesystem(url, options)
+        for file, address in pairs:
+            with access.explained(address):
+                name = filesystem._strip_protocol(address)
+                filesystem.makedirs(filesystem._parent(name), exist_ok=True)
+                filesystem.put_file(file, name)
+            tally.add(os.stat(file).st_size, 1)
     tally.finish()
     return total
+
+
+def _copy_here(pairs: Sequence[tuple[str, str]], tally: Tally) -> None:
+    """To a filesystem or volume of this machine."""
+    mode = new_mode()
+    for file, address in pairs:
+        with access.explained(address):
+            path = access.local_path(address, create=True)
+            assert path is not None
+            if os.path.isdir(path) and len(pairs) == 1:
+                path = os.path.join(path, os.path.basename(file))
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            new = NewFile(path)
+            try:
+                with open(file, "rb") as source, open(new.fd, "wb", closefd=False) as target:
+                    shutil.copyfileobj(source, target, _WHOLE_BYTES)
+                status = os.stat(file)
+                os.fchmod(new.fd, mode | (status.st_mode & mode >> 2 & 0o111))
+                os.utime(new.fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+                new.commit()
+            finally:
+                new.drop()
+        tally.add(status.st_size, 1)
 
 
 def _files(path: str) -> list[tuple[str, str]]:
@@ -104,9 +135,18 @@ class _S3Upload:
                 for future in wait(work, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
-                self.patience.stopped.set()
-                pool.shutdown(cancel_futures=True)
+                self._stop(work)
                 raise
+
+    def _stop(self, work: Sequence[Future[Any]]) -> None:
+        """End what is under way: now, and not when the server answers."""
+        from concurrent.futures import wait
+
+        self.patience.stopped.set()
+        for future in work:
+            future.cancel()
+        while wait(work, timeout=0.1).not_done:
+            self.client.interrupt()  # and again, since one may just have been connecting
 
     def _put(self, file: str, key: str, size: int) -> None:
         content = _content(file, size)
@@ -132,15 +172,19 @@ class _S3Upload:
                 etags = [future.result() for future in futures]
                 self.patience.attempt(lambda: self.client.complete_multipart(key, upload, etags))
             except BaseException:
-                self.patience.stopped.set()
-                for future in futures:
-                    future.cancel()
-                for future in futures:
-                    if not future.cancelled():
-                        future.exception()
-                self.client.abort_multipart(key, upload)
+                self._stop(futures)
+                # What went wrong is not to wait for the server, nor to be hidden by what it says to this.
+                farewell = threading.Thread(target=self._give_up, args=(key, upload), daemon=True)
+                farewell.start()
+                farewell.join(_FAREWELL_S)
                 raise
             self.tally.add(0, 1)
+
+    def _give_up(self, key: str, upload: str) -> None:
+        try:
+            self.client.abort_multipart(key, upload)
+        except (OSError, WireError):
+            pass  # the bucket's lifecycle rules drop parts that nobody came back for
 
 
 def _content(file: str, size: int) -> bytes:
