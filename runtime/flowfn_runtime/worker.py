@@ -231,14 +231,15 @@ class Worker:
             started = time.perf_counter()
             value = function(*args, **shared, **kwargs)
             args = kwargs = None
+            complete = True
             if type(value) in outcomes.STREAMS:
-                self._stream_values(call, value)
+                complete = self._stream_values(call, value)
                 value = None
             else:
                 value = self.settle(value)
             if self.forked:
                 outcomes.end_fork(None)
-            outcomes.finish(references, True)
+            outcomes.finish(references, complete)
             payload = outcomes.payload(value)
             value = None
         except BaseException as error:
@@ -269,8 +270,8 @@ class Worker:
             return self._loop.run_until_complete(value)
         return value
 
-    def _stream_values(self, call: int, values: Any) -> None:
-        """Send what a generator yields, never more than the client has room for."""
+    def _stream_values(self, call: int, values: Any) -> bool:
+        """Send what a generator yields, never more than the client has room for. False if it was closed early."""
         if type(values) is types.AsyncGeneratorType:
             values = self._synchronous(values)
         self.stream.send(wire.STREAM, call=call)
@@ -289,7 +290,8 @@ class Worker:
                     if frame.call == call and frame.kind == wire.CREDIT:
                         credit += frame.arg
                     elif frame.call == call and frame.kind == wire.CLOSE:
-                        return
+                        return False
+            return True
         finally:
             values.close()
 

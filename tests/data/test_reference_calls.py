@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3 import S3
 
 import flowfn as flow
 from flowfn_runtime import sandbox
@@ -65,11 +66,39 @@ def test_a_failed_call_publishes_nothing(bucket: Path) -> None:
     ):
         with pytest.raises(error):
             fail.options(**options).remote(flow.Output(f"s3://{bucket.name}/out"), how)
+
+    @flow.function
+    def count(out: flow.Output, end: int) -> Iterator[int]:
+        with open(out, "w") as file:
+            for number in range(end):
+                print(number, file=file)
+                yield number
+
+    numbers = count.remote(flow.Output(f"s3://{bucket.name}/out"), 10**9)
+    next(numbers)
+    numbers.close()  # type: ignore[attr-defined]  # before its end
+    assert list(count.remote(flow.Output(f"s3://{bucket.name}/whole"), 3)) == [0, 1, 2]
+    assert (bucket / "whole").read_text() == "0\n1\n2\n"
+    (bucket / "whole").unlink()
     assert os.listdir(bucket) == []
     # What the killed ones left on the host, the next one cleans up.
     with flow.Output(f"s3://{bucket.name}/out") as path:
         Path(path).write_bytes(b"whole")
     assert os.listdir(Path(os.environ["FLOW_CACHE"], "outputs")) == []
+
+
+def test_what_is_configured_for_fsspec_holds_for_the_worker(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec.config
+
+    @flow.function(env={"FSSPEC_CONFIG_DIR": "/none"})
+    def read(file: flow.File) -> str:
+        return Path(file).read_text()
+
+    for name in s3.env:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", "/none")
+    monkeypatch.setitem(fsspec.config.conf, "s3", s3.options)
+    assert read.remote(flow.File(s3.put("in", b"content"))) == "content"
 
 
 def test_changed_and_missing_data_are_the_calls_errors(bucket: Path) -> None:

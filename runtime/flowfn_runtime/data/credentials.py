@@ -8,6 +8,7 @@ both; what only AWS's own tools know how to find (profiles with roles, SSO, inst
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -58,9 +59,10 @@ def environment(env: Mapping[str, str] | None) -> Mapping[str, str]:
 
 
 def fsspec_options(protocol: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """What the user configured for fsspec itself: its configuration files and FSSPEC_* variables."""
+    """What the user configured for fsspec itself: its configuration files, FSSPEC_* variables, or `fsspec.config`."""
     folder = env.get("FSSPEC_CONFIG_DIR") or os.path.expanduser("~/.config/fsspec")
-    if not os.path.isdir(folder) and not any(name.startswith("FSSPEC_") for name in env):
+    written = os.path.isdir(folder) or any(name.startswith("FSSPEC_") for name in env)
+    if not written and "fsspec.config" not in sys.modules:
         return {}  # fsspec need not even be imported
     from fsspec.config import conf, set_conf_env
 

@@ -19,8 +19,9 @@ class Output(Reference):
     """Where a call writes a result: a file, or a directory with files.
 
     In the function it is a local path: `torch.save(model, out)`, `open(out, "wb")`, `os.mkdir(out)`. When the function
-    has returned, what is there is published at the URL, whole; if it raised, was killed or timed out, nothing is, and
-    nothing is left of it on the host. Outside of a call: `with flow.Output(url) as path: ...`.
+    has returned, what is there is published at the URL, whole; if it raised, was killed or timed out, or is a generator
+    that was closed before its end, nothing is, and nothing is left of it on the host. Outside of a call:
+    `with flow.Output(url) as path: ...`.
     """
 
     _work: _WorkDir | None
