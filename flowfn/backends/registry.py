@@ -47,9 +47,18 @@ def get(choice: Any = None) -> Backend:
         if name not in _made:
             options = dict(settings.backends.get(name, {}))
             kind = options.pop("type", name.partition("://")[0])
-            url = name if "://" in name else options.pop("url", None)
+            if "://" in name:
+                options["url"] = name
             try:
-                _made[name] = _load(kind)(**({"url": url} if url else {}), **options)
+                made = _load(kind)
+            except _Unknown:
+                raise _unknown(kind, name if name in settings.backends else None) from None
+            if options and isinstance(made, type):  # an entry point may name any function that makes one
+                from flowfn.backends.options import check
+
+                check(made, options, name)
+            try:
+                _made[name] = made(**options)
             except TypeError as error:
                 raise ConfigError(f"backend {name!r}: {error}") from error
         return _made[name]
@@ -64,7 +73,10 @@ def names() -> list[str]:
 
 def kind(name: str) -> type[Backend]:
     """The class of the backends of that name."""
-    loaded: type[Backend] = _load(name)
+    try:
+        loaded: type[Backend] = _load(name)
+    except _Unknown:
+        raise _unknown(name) from None
     return loaded
 
 
@@ -75,7 +87,7 @@ def _load(kind: str) -> Any:
 
         found = list(entry_points(group=GROUP, name=kind))
         if not found:
-            raise _unknown(kind)
+            raise _Unknown(kind)
         target = found[0].value
     module, _, attribute = target.partition(":")
     from importlib import import_module
@@ -88,15 +100,24 @@ def _load(kind: str) -> Any:
         ) from error
 
 
-def _unknown(name: str) -> ConfigError:
-    from difflib import get_close_matches
+class _Unknown(Exception):
+    """Nobody offers backends of that name."""
 
+
+def _unknown(kind: str, name: str | None = None) -> ConfigError:
+    """What to say of a kind that nobody offers; `name`: of the backend that is configured to be of it."""
     from flowfn import config
+    from flowfn.backends.options import meant
 
+    if name is not None:
+        said = f"is of type {kind!r}, which there is not" if kind != name else "has no type"
+        return ConfigError(
+            f"backend {name!r} {said}{meant(kind, names())}", hint=f"the types are: {', '.join(names())}"
+        )
     known = sorted({*names(), *config.load().backends})
-    near = get_close_matches(name, known, 1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"there is no backend {name!r}{meant}", hint=f"installed or configured are: {', '.join(known)}")
+    return ConfigError(
+        f"there is no backend {kind!r}{meant(kind, known)}", hint=f"installed or configured are: {', '.join(known)}"
+    )
 
 
 def close_all() -> None:

@@ -40,6 +40,7 @@ class SlurmBackend(Backend):
 
     name = "slurm"
     ships_project = True
+    more_options = Slurm._fields
 
     def __init__(self, options: Slurm | None = None, *, url: str | None = None, **more: Any) -> None:
         if url is not None:

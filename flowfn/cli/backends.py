@@ -46,10 +46,7 @@ def run(args: Any) -> int:
     if args.json:
         output.print_json([row._asdict() for row in rows])
     else:
-        cells = [
-            ["*" if r.chosen else "", r.name, r.type, " ".join(r.can) or "-", r.here.splitlines()[0].rstrip(":")]
-            for r in rows
-        ]
+        cells = [["*" if r.chosen else "", r.name, r.type, " ".join(r.can) or "-", _line(r.here)] for r in rows]
         output.table(["", "NAME", "TYPE", "RUNS", "HERE"], cells)
         for row in rows:
             if row.mend and (args.names or row.chosen):
@@ -70,5 +67,13 @@ def look(name: str, settings: Any) -> Row:
         here = backend.describe()
     except FlowError as error:
         return Row(name, kind, chosen, False, [], f"not from here: {error.message}", error.hint)
+    except Exception as error:  # of somebody's backend: the others are listed all the same
+        return Row(name, kind, chosen, False, [], f"not from here: {type(error).__name__}: {error}", None)
     can = ["functions", "tasks"] if type(backend).jobs is not Backend.jobs else ["functions"]
     return Row(name, kind, chosen, True, can, here, None)
+
+
+def _line(text: str) -> str:
+    """The first line; if it only leads to others, with the last of these."""
+    first, *rest = text.strip().splitlines() or [""]
+    return f"{first} {rest[-1].strip()}" if rest and first.endswith(":") else first

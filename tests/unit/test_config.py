@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from flowfn import config
+from flowfn.backends import registry
+from flowfn.backends.local import LocalBackend
+from flowfn.cli import backends
 from flowfn_runtime.errors import ConfigError
 
 
@@ -73,6 +76,34 @@ def test_mistakes_are_named(flow_home: Path, project: Path, text: str, says: str
     user(flow_home, text)
     with pytest.raises(ConfigError, match=says):
         config.load()
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ('type = "ssh"\nhosts = ["a"]\nconfg = "b"', "no option 'confg'; did you mean 'config'.*\n.*alive_interval"),
+        ('type = "ssh"\nhosts = "a"', "hosts = 'a' is not accepted; accepted: a list of texts"),
+        ('type = "ssh"\nhosts = ["a"]\nsessions = "many"', "sessions = 'many' .*accepted: a whole number"),
+        ('type = "container"\nengine_limits = "no"', "engine_limits = 'no' .*accepted: true or false"),
+        ('type = "slurm"\npartiton = "a"', "no option 'partiton'; did you mean 'partition'"),
+        ('type = "shh"', "backend 'box' is of type 'shh', which there is not; did you mean 'ssh'"),
+        ('hosts = ["a"]', "backend 'box' has no type"),
+    ],
+)
+def test_mistakes_in_a_backends_options_are_named(flow_home: Path, project: Path, lines: str, says: str) -> None:
+    user(flow_home, f"[backends.box]\n{lines}\n")
+    with pytest.raises(ConfigError, match=says):
+        registry.get("box")
+
+
+def test_one_backend_that_is_broken_does_not_spoil_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(LocalBackend):
+        def describe(self) -> str:
+            raise RuntimeError("a mistake of its author's")
+
+    monkeypatch.setitem(registry._made, "broken", Broken())
+    row = backends.look("broken", config.Config())
+    assert not row.ready and "RuntimeError: a mistake of its author's" in row.here
 
 
 def test_secrets_are_not_in_the_repr() -> None:
