@@ -48,11 +48,6 @@ class Address(NamedTuple):
     def __str__(self) -> str:
         return (f"{self.user}@" if self.user else "") + self.host + (f":{self.port}" if self.port else "")
 
-    @property
-    def by_hand(self) -> str:
-        """The command that a person would type."""
-        return "ssh " + (f"-p {self.port} " if self.port else "") + (f"{self.user}@" if self.user else "") + self.host
-
 
 class Client(NamedTuple):
     """How to call OpenSSH for one address."""
@@ -63,6 +58,14 @@ class Client(NamedTuple):
     alive_interval: int = (
         5  # seconds between questions whether the other side is there; three without answer are the end
     )
+
+    @property
+    def by_hand(self) -> str:
+        """The command that a person would type."""
+        config = ["-F", self.config] if self.config else []
+        port = ["-p", str(self.address.port)] if self.address.port else []
+        user = f"{self.address.user}@" if self.address.user else ""
+        return shlex.join(["ssh", *config, *port, user + self.address.host])
 
     def first(self, socket: str, program: Sequence[str]) -> list[str]:
         """Log in, run a program, and let others share the connection by the socket."""
@@ -143,7 +146,7 @@ _MEANINGS = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED",
         "the host key of {a} is another one than before: this may be another machine, or somebody in between",
-        "if the change is known and right: ssh-keygen -R {h}, then {c} once by hand",
+        "if the change is known and right: ssh-keygen -R {k}, then {c} once by hand",
     ),
     (
         r"Host key verification failed|No .* host key is known",
@@ -177,18 +180,26 @@ _MEANINGS = (
         "name the right one with IdentityFile, and set IdentitiesOnly yes",
     ),
     (r"Bad configuration option|terminating, \d+ bad", "ssh refuses its configuration file", "mend it: {c}"),
+    (r"Can't open user config file ([^\n]*)", "ssh can't read its configuration file {1}", "is config= right?"),
     (r"Connection (?:closed|reset) by|kex_exchange", "{a} closed the connection before logging in", "try by hand: {c}"),
 )
 
 
-def explain(address: Address, status: int, said: str) -> FlowError | None:
-    """What to raise if ssh itself failed: its exit status is 255 then."""
+def explain(client: Client, status: int, said: str) -> FlowError | None:
+    """What to raise if ssh itself failed: its exit status is 255 then. Or if there is no such program there."""
+    address = client.address
+    if status in (126, 127):  # the shell's there
+        words = said.strip().rpartition("\n")[2]
+        return BackendUnavailable(
+            f"{address} can't start what was to run there: {words}",
+            hint="is python= a Python that is there? Without it, one is looked for",
+        )
     if status != 255:
         return None
+    known_as = f"'[{address.host}]:{address.port}'" if address.port not in (None, 22) else address.host
+    values = {"a": str(address), "h": address.host, "c": client.by_hand, "k": known_as}
     for pattern, message, hint in _MEANINGS:
         if found := re.search(pattern, said):
-            group = found[1] if found.groups() else ""
-            values = {"a": str(address), "h": address.host, "c": address.by_hand}
-            text = message.replace("{1}", group).format(**values)
+            text = message.replace("{1}", found[1].strip() if found.groups() else "").format(**values)
             return BackendUnavailable(text, hint=hint.format(**values))
-    return BackendUnavailable(f"ssh to {address} failed:\n{said}", hint=f"try by hand: {address.by_hand}")
+    return BackendUnavailable(f"ssh to {address} failed:\n{said}", hint=f"try by hand: {client.by_hand}")

@@ -85,9 +85,9 @@ class Login:
         if status == 127:
             return BackendUnavailable(
                 f"Slurm's commands are not on the PATH of {self}, or not for ssh's shells there:\n{said.strip()}",
-                hint=f"is it a login node of the cluster? try: {self._client.address.by_hand} sinfo",
+                hint=f"is it a login node of the cluster? try: {self._client.by_hand} sinfo",
             )
-        return openssh.explain(self._client.address, status, said)
+        return openssh.explain(self._client, status, said)
 
     def _open(self) -> None:
         self._socket = os.path.join(openssh.sockets_directory(), f"slurm-{os.getpid()}-{next(_numbers)}")

@@ -150,5 +150,5 @@ class LoginJobs(RemoteJobs):
         node = self._ask({"do": "address", "id": task_id})[0]
         raise ResourceUnavailable(
             f"the task's ports are on {node}, which is reached through the login node",
-            hint=f"{self._client.address.by_hand} -L PORT:{node}:PORT",
+            hint=f"{self._client.by_hand} -L PORT:{node}:PORT",
         )

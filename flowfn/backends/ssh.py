@@ -139,7 +139,7 @@ class Host:
             argv = self.client.further(lane.socket, program) if self.limit else self.client.alone(program)
             told = shipping.Launch({**launch.setup, "alive": lane.facts["alive"]}, launch.roots)
             spare = lane.spare() if self.limit else None
-            failure = Failure(self.address)
+            failure = Failure(self.client)
             left = functools.partial(self._left, lane)
             try:
                 return stream.start(argv, told, label=lane.label, explain=failure, on_end=left, begun=spare)

@@ -24,13 +24,13 @@ _numbers = itertools.count(1)
 class Failure:
     """What ssh said when a session did not come about."""
 
-    def __init__(self, address: openssh.Address) -> None:
-        self.address = address
+    def __init__(self, client: openssh.Client) -> None:
+        self._client = client
         self.said = ""
 
     def __call__(self, status: int, said: str) -> FlowError | None:
         self.said = said
-        return openssh.explain(self.address, status, said)
+        return openssh.explain(self._client, status, said)
 
 
 class Lane:
@@ -60,7 +60,7 @@ class Lane:
             return shipping.Launch({"keep": silence_s})
 
         kind = functools.partial(_Keeper, opened=self._opened, started=started)
-        failure = Failure(client.address)
+        failure = Failure(client)
         argv = client.first(self.socket, program)
         try:
             self.keeper = stream.start(argv, launch, label=self.label, explain=failure, kind=kind, on_end=self._ended)

@@ -28,7 +28,7 @@ class Session:
 
     def __init__(self, client: openssh.Client, program: Sequence[str], label: str, home: str | None) -> None:
         self.broken = False
-        self._explain = Failure(client.address)
+        self._explain = Failure(client)
         launch = shipping.Launch({"tasks": True, "home": home})
         self._connection = stream.start(client.alone(program), launch, label=label, explain=self._explain)
 

@@ -273,15 +273,16 @@ def test_an_unknown_host_key_is_refused(ssh_servers: Start, made: Callable[..., 
     server.known.write_text("")
     with pytest.raises(flow.BackendUnavailable, match="is not known here") as caught:
         flow.function(backend=made(server))(lambda: 1).remote()
-    assert f"-p {server.port}" in str(caught.value)
+    assert f"ssh -F {server.config} -p {server.port}" in str(caught.value)  # as it is configured
     assert server.known.read_text() == ""
 
 
 def test_a_changed_host_key_is_refused(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
     server = ssh_servers()
     server.trust((server.root / "key.pub").read_text())
-    with pytest.raises(flow.BackendUnavailable, match="another one than before"):
+    with pytest.raises(flow.BackendUnavailable, match="another one than before") as caught:
         flow.function(backend=made(server))(lambda: 1).remote()
+    assert f"ssh-keygen -R '[{server.address}]:{server.port}'" in str(caught.value)
 
 
 def test_a_key_that_is_not_let_in(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
@@ -297,6 +298,12 @@ def test_nobody_listens(ssh_servers: Start, made: Callable[..., SshBackend]) -> 
     server.stop()
     with pytest.raises(flow.BackendUnavailable, match="refuses connections"):
         flow.function(backend=made(server))(lambda: 1).remote()
+
+
+def test_no_such_configuration_file(ssh_server: Sshd) -> None:
+    backend = SshBackend(ssh_server.url, config="/nowhere/config")
+    with pytest.raises(flow.BackendUnavailable, match=r"can't read its configuration file /nowhere/config"):
+        flow.function(backend=backend)(lambda: 1).remote()
 
 
 def test_no_such_host() -> None:
@@ -316,6 +323,13 @@ def test_no_python(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
     with pytest.raises(flow.BackendUnavailable, match="has no Python") as caught:
         flow.function(backend=made(server))(lambda: 1).remote()
     assert "uv" in str(caught.value)
+
+
+def test_a_python_that_is_not_there(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
+    backend = made(ssh_servers(), python="/opt/nowhere/python3")
+    with pytest.raises(flow.BackendUnavailable, match=r"can't start .*/opt/nowhere/python3.*\n.*python=") as caught:
+        flow.function(backend=backend)(lambda: 1).remote()
+    assert "/opt/nowhere/python3" in caught.value.message.splitlines()[0]  # which is what `flow backends` shows
 
 
 def test_another_python(ssh_servers: Start, made: Callable[..., SshBackend]) -> None:
