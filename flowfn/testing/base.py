@@ -165,13 +165,20 @@ class Contract:
         return flow.function(**{"backend": self._backend, **options})(function)
 
     def assert_refused(self, feature: str, options: dict[str, Any]) -> None:
-        """Asking for what the backend can't do is a FlowError at once, which names the option."""
+        """Asking for what the backend can't do is a FlowError at once, which names the option.
+
+        `options` with a "command" are those of a task, the others a function's.
+        """
 
         def never() -> int:
             return 1
 
         with pytest.raises(flow.FlowError) as caught:
-            self.function(never, **options).remote()
+            if "command" in options:
+                with flow.Flow() as client:
+                    client.submit(**options, backend=self._backend)
+            else:
+                self.function(never, **options).remote()
         self._record("refused", feature)
         text = str(caught.value)
         assert any(option in text for option in options), f"the refusal of {feature} names none of {list(options)}"

@@ -369,7 +369,7 @@ class Tasks(Contract):
         finally:
             sys.modules.pop("contract_task_module", None)
 
-    @needs("tasks", "commands")
+    @needs("tasks", "commands", commands={"command": "true"})
     def test_a_command(self, clean_up: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         root = tmp_path / "project"
         root.mkdir()
@@ -382,7 +382,7 @@ class Tasks(Contract):
         with pytest.raises(flow.TaskFailed):
             task.result()
 
-    @needs("tasks", "nodes")
+    @needs("tasks", "commands", "nodes", nodes={"command": "true", "num_instances": 2})
     def test_a_command_on_several_nodes(self, clean_up: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         words = 'echo "$FLOW_NODE_RANK $PET_NODE_RANK of $FLOW_NODE_COUNT $PET_NNODES, $MASTER_ADDR:$MASTER_PORT"'
@@ -393,7 +393,7 @@ class Tasks(Contract):
         assert (first[0], second[0]) == ("0 0 of 2 2", "1 1 of 2 2")
         assert first[1] == second[1] and ":" in first[1]
 
-    @needs("tasks", "ports")
+    @needs("tasks", "commands", "ports", ports={"command": "true", "ports": [8000]})
     def test_a_port_of_a_task(self, clean_up: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import socket
         import urllib.request
