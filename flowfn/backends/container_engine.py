@@ -154,6 +154,10 @@ class Engine:
                 f"{self.name} is installed, and its service is not running:\n{tail(said)}",
                 hint=f"start it: systemctl start {self.name}",
             )
+        if image.startswith("localhost/") and (re.search(_NO_REGISTRY, said) or re.search(_NO_IMAGE, said)):
+            return BackendUnavailable(
+                f"there is no image {image} on this host", hint=f"build it, or check its name: {self.name} images"
+            )
         if image and (found := re.search(_NO_REGISTRY, said)):
             return BackendUnavailable(
                 f"the image {image} can't be pulled: {found[0].strip()}",

@@ -223,7 +223,7 @@ def test_an_image_that_is_not_there(made: Make) -> None:
     f = flow.function(backend=made())(lambda: 1)
     with pytest.raises(flow.BackendUnavailable, match=r"127\.0\.0\.1:9/nothing:1 can't be pulled.*refused"):
         f.options(image="127.0.0.1:9/nothing:1").remote()
-    with pytest.raises(flow.BackendUnavailable, match="localhost/no-such-image"):
+    with pytest.raises(flow.BackendUnavailable, match="no image localhost/no-such-image:1 on this host"):
         f.options(image=flow.Image.from_registry("localhost/no-such-image:1").run("true")).remote()
 
 
