@@ -53,16 +53,18 @@ class Launch:
 
     def answer(self, stream: wire.Stream, asked: dict[str, Any]) -> None:
         """Send what the other side lacks of the project."""
+        import zlib
+
         from flowfn_runtime import project
 
         root = next(root for root in self.roots if root.digest == asked["project"])
         if "missing" not in asked:
-            stream.send(wire.SETUP, body=root.manifest())
+            stream.send(wire.SETUP, body=zlib.compress(root.manifest(), 1))  # it is said anew after each change
             return
         wanted = set(asked["missing"])
         skip = {entry.digest for entry in root.files if entry.digest not in wanted}
         out = _Chunks(stream)
-        project.pack(root, out, skip=skip)
+        project.pack(root, out, skip=skip, manifest=False)
         out.end()
 
 

@@ -260,12 +260,14 @@ class Start:
 
 def fetch(client: Client, digest: str, store: str) -> None:
     """Get a snapshot of the project into a store: its manifest, then of its contents what is lacking."""
+    import zlib
+
     from . import project
 
-    manifest = bytes(client.ask(project=digest).body)
+    manifest = zlib.decompress(client.ask(project=digest).body)
     first = client.ask(project=digest, missing=project.missing(manifest, store))
     stream = io.BufferedReader(_Chunks(first, client))
-    got = project.unpack(stream, store)
+    got = project.unpack(stream, store, manifest)
     while stream.read(1 << 20):  # the archive's padding, and the end
         pass
     if got != digest:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 NEVER = (".git", ".hg", ".svn")  # part of no project, whatever is said
-# Not part of a project either, unless a .flowignore takes it back: environments, caches.
+# Not part of a project either, unless a .flowignore takes it back: environments, caches, and what is there for secrets.
 DEFAULTS = (
     "__pycache__/",
     "*.py[cod]",
@@ -25,6 +25,13 @@ DEFAULTS = (
     ".tox/",
     ".nox/",
     ".DS_Store",
+    ".env",
+    ".env.*",
+    ".envrc",
+    ".netrc",
+    ".pypirc",
+    ".aws/",
+    ".ssh/",
 )
 
 

@@ -70,14 +70,15 @@ def snapshot(
     root = os.path.abspath(root)
     entries: list[Entry] = []
     total = 0
-    largest: dict[str, int] = {}
+    tops: dict[str, tuple[int, int]] = {}  # what lies at the top: bytes and files
     for path, status, link in walk(root, {os.path.abspath(name) for name in exclude}):
         size = 0 if link is not None else status.st_size
         total += size
         top = path.partition("/")[0]
-        largest[top] = largest.get(top, 0) + size
+        size_before, files_before = tops.get(top, (0, 0))
+        tops[top] = size_before + size, files_before + 1
         if total > limit_bytes or len(entries) >= limit_files:
-            raise _too_large(root, largest, total, len(entries), limit_bytes, limit_files)
+            raise _too_large(root, tops, total, limit_bytes, limit_files)
         digest = "" if link is not None else _digest(os.path.join(root, path))
         if digest is None:
             continue  # it was removed meanwhile, as editors do with files of theirs
@@ -152,16 +153,17 @@ def missing(manifest: bytes, store: str) -> list[str]:
     return sorted(digest for digest in digests if not os.path.exists(_blob(store, digest)))
 
 
-def pack(taken: Snapshot, out: IO[bytes], *, skip: Collection[str] = ()) -> None:
-    """Write the snapshot as a stream, a tar of its manifest and contents without the digests of `skip`."""
+def pack(taken: Snapshot, out: IO[bytes], *, skip: Collection[str] = (), manifest: bool = True) -> None:
+    """Write the snapshot as a stream, a tar of its manifest (unless told) and contents without those of `skip`."""
     import io
     import tarfile
 
     with tarfile.open(fileobj=out, mode="w|") as archive:
-        manifest = taken.manifest()
-        info = tarfile.TarInfo("manifest")
-        info.size = len(manifest)
-        archive.addfile(info, io.BytesIO(manifest))
+        if manifest:
+            words = taken.manifest()
+            info = tarfile.TarInfo("manifest")
+            info.size = len(words)
+            archive.addfile(info, io.BytesIO(words))
         sent = set(skip)
         for entry in taken.files:
             if entry.link is None and entry.digest not in sent:
@@ -172,17 +174,21 @@ def pack(taken: Snapshot, out: IO[bytes], *, skip: Collection[str] = ()) -> None
                     archive.addfile(info, source)
 
 
-def unpack(source: IO[bytes], store: str) -> str:
-    """Put a packed snapshot into `store`; return its digest. What doesn't have the digest it claims is refused."""
+def unpack(source: IO[bytes], store: str, manifest: bytes | None = None) -> str:
+    """Put a packed snapshot into `store`; return its digest. What doesn't have the digest it claims is refused.
+
+    `manifest`: that of a snapshot that was packed without.
+    """
     import hashlib
     import tarfile
 
     with tarfile.open(fileobj=source, mode="r|") as archive:
-        head = archive.next()
-        stream = head and archive.extractfile(head)
-        if not head or not stream or head.name != "manifest":
-            raise FlowError("what was received is no packed project")
-        manifest = stream.read()
+        if manifest is None:
+            head = archive.next()
+            stream = head and archive.extractfile(head)
+            if not head or not stream or head.name != "manifest":
+                raise FlowError("what was received is no packed project")
+            manifest = stream.read()
         wanted = {entry.digest: entry for entry in _entries(manifest) if entry.link is None}
         for member in archive:
             stream = archive.extractfile(member)
@@ -213,13 +219,14 @@ def lay_out(digest: str, store: str, target: str) -> None:
 
 
 def _too_large(
-    root: str, largest: dict[str, int], total: int, files: int, limit_bytes: int, limit_files: int
+    root: str, tops: dict[str, tuple[int, int]], total: int, limit_bytes: int, limit_files: int
 ) -> ValidationError:
-    name, size = max(largest.items(), key=lambda item: item[1])
-    how = f"more than {limit_bytes / 2**20:.0f} MiB" if total > limit_bytes else f"more than {limit_files} files"
+    which = 0 if total > limit_bytes else 1
+    name, (size, files) = max(tops.items(), key=lambda item: item[1][which])
+    how = f"more than {limit_files} files" if which else f"more than {limit_bytes / 2**20:.0f} MiB"
+    much = f"has most, {files}" if which else f"is the largest, {size / 2**20:.1f} MiB"
     return ValidationError(
-        f"the project {root} is too large to go along: {how} (of what was seen, {name} is the largest, "
-        f"{size / 2**20:.1f} MiB)",
+        f"the project {root} is too large to go along: {how} (of what was seen, {name} {much})",
         hint=f"Add {name} to .flowignore, set code_root= to a smaller directory, or upload_code=False; "
         "data belongs into mounts= or a volume.",
     )

@@ -37,6 +37,7 @@ def test_what_is_taken(tmp_path: Path) -> None:
         tmp_path, "train.py", "pkg/a.py", "pkg/__pycache__/a.pyc", ".git/config", ".venv/x", "env/pyvenv.cfg", "env/x"
     )
     write(tmp_path, "data/big.bin", "data/keep.txt", "out/x", "logs/a.log", "logs/sub/b.log", "node_modules/x")
+    write(tmp_path, ".env", "pkg/.env.local", ".ssh/id_ed25519")
     (tmp_path / ".gitignore").write_text("*.log\n/out/\n!keep.txt\n")
     (tmp_path / "data" / ".gitignore").write_text("*\n!keep.txt\n")
     (tmp_path / "link").symlink_to("train.py")
@@ -68,8 +69,10 @@ def test_limits_name_what_is_large(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="weights") as caught:
         taken(tmp_path, limit_bytes=4000)
     assert ".flowignore" in (caught.value.hint or "")
-    with pytest.raises(ValidationError, match="more than 2 files"):
-        taken(tmp_path, limit_files=2)
+    write(tmp_path, *(f"many/{n}" for n in range(9)))
+    with pytest.raises(ValidationError, match=r"more than 8 files .*many has most, 6"):
+        taken(tmp_path, limit_files=8)
+    (tmp_path / ".flowignore").write_text("many\n.flowignore\n")
     assert len(taken(tmp_path, limit_files=3)) == 3
 
 
