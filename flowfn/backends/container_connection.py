@@ -123,8 +123,14 @@ class ContainerConnection(stream.StreamConnection):
             if self._killed or self._ended.is_set():
                 return
             self._killed = True
-            self._killer = threading.Thread(target=self._end, name="flowfn-kill")
-            self._killer.start()
+            killer = threading.Thread(target=self._end, name="flowfn-kill")
+            try:
+                killer.start()
+                self._killer = killer
+                return
+            except RuntimeError:
+                pass  # the interpreter is ending, and has no more threads (Python 3.12), or there are too many
+        self._end()
 
     def exit(self, timeout: float) -> Exit:
         how = super().exit(timeout)

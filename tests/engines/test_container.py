@@ -15,6 +15,7 @@ from typing import Any
 import engines
 import podman
 import pytest
+from test_environments import another_python
 
 import flowfn as flow
 from flowfn.backends import registry
@@ -390,6 +391,19 @@ def _runner(client: int, name: str) -> int:
         if f"--name={name}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             return pid
     raise AssertionError(f"{name} has no podman run")
+
+
+def test_a_program_of_another_python_ends_in_silence(made: Make, tmp_path: Path) -> None:
+    made()
+    _, python = another_python()  # 3.12 if it is there, which starts no threads at its end
+    (tmp_path / "config.toml").write_text(
+        f'[backends.box]\ntype = "container"\nimage = "{podman.BASE}"\nnetwork = "host"\nengine = "podman"\n'
+        f"engine_options = {json.dumps(podman.OPTIONS)}\nshare = ['{Path(python).parents[1]}']\npython = '{python}'\n"
+    )
+    program = "import flowfn as flow; print(flow.function(backend='box')(lambda: 7).remote())"
+    environ = {**os.environ, "FLOW_HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT}/runtime"}
+    ended = subprocess.run([python, "-c", program], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("7\n", "")
 
 
 def test_the_containers_end_with_the_backend(made: Make) -> None:
