@@ -337,7 +337,9 @@ def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         pool = Pool(Endpoint("http", "127.0.0.1", server.getsockname()[1]))
-        for _ in range(3):
+        for number in range(3):
+            if number == 2:
+                pool.interrupt()  # not even the request can be sent now
             assert pool.request("GET", b"GET / HTTP/1.1\r\nhost: here\r\n\r\n").read() == b"ok"
         thread.join()
         assert len(accepted) == 3

@@ -140,7 +140,7 @@ class Connection:
     def _ask_again(self, error: Exception) -> None:
         """Replace, once and unseen, a kept connection that turned out to be closed by the server. Else raise."""
         while True:
-            nothing_came = self._end == 0
+            nothing_came = self._start == self._end
             self.close()
             if self._fresh or not nothing_came or isinstance(error, Unreachable):
                 raise _wire_error(error, self.endpoint) from error
