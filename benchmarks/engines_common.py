@@ -137,22 +137,23 @@ def measure(results: Results, rounds: int, engine: Engine) -> None:
     )
     flow.shutdown()
     with objects() as source:
-
-        def staged() -> float:
-            url, environ = source.fresh()
-            count = flow.function(backend=engine.backend, mounts={"/objects": url}, env=environ)(
-                lambda: len(os.listdir("/objects"))
-            )
-            took = seconds(lambda: results_are(count.remote(), OBJECTS))
-            flow.shutdown()
-            return took
-
         fetch = lambda by: seconds(lambda: run(by(source.program()), b""))  # noqa: E731
         if not engine.fetches:
             engine.by_hand = {}
-        case(f"{OBJECTS} objects staged", staged, fetch)
+        case(f"{OBJECTS} objects staged", lambda: staged(engine.backend, source), fetch)
     flow.shutdown()
     targets(results, engine)
+
+
+def staged(backend: Any, source: Source) -> float:
+    """How long it takes until a new worker has counted objects that nobody has staged yet."""
+    import flowfn as flow
+
+    url, environ = source.fresh()
+    count = flow.function(backend=backend, mounts={"/objects": url}, env=environ)(lambda: len(os.listdir("/objects")))
+    took = seconds(lambda: results_are(count.remote(), OBJECTS))
+    flow.shutdown()
+    return took
 
 
 def results_are(found: object, wanted: object) -> None:

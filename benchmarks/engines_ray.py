@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from common import HERE, PeerMissing, Results, in_turn
+from engines_common import OBJECTS, objects, staged
 
 MAP_CALLS = 10_000
 TASKS_OF_MAP = 1000  # with a raw task each this part is done, and the whole taken to be ten times as long
@@ -28,7 +29,7 @@ WORKERS = 4
 
 
 def ray(results: Results, rounds: int) -> None:
-    """First result, warm call, map of small calls, and a payload there and back."""
+    """All cases, and some of them with workers on a second node."""
     try:
         import numpy
         import ray as raw
@@ -44,6 +45,7 @@ def ray(results: Results, rounds: int) -> None:
         try:
             _first(results, rounds, raw)
             _warm(results, rounds, raw, numpy)
+            _staged(results, rounds, raw)
         finally:
             raw.shutdown()
     second_node(results, rounds)
@@ -269,6 +271,27 @@ def _warm(results: Results, rounds: int, raw: Any, numpy: Any) -> None:
     ):
         mine, theirs = results.get(case, "flowfn", "s"), results.get(case, peer, "s")
         results.print_target(f"ray: {text}", theirs / mine if mine and theirs else None, limit, at_least=True)
+
+
+def _staged(results: Results, rounds: int, raw: Any) -> None:
+    """Objects of an S3 server; in a new process each time, as by hand on other engines."""
+    with objects() as source:
+        task = raw.remote(max_calls=1)(fetched)
+        case = f"ray {OBJECTS} objects staged"
+
+        def by_task() -> float:
+            program = source.program()
+            return _seconds(lambda: raw.get(task.remote(program)))
+
+        peers = {"flowfn": lambda: staged("ray", source), "ray task": by_task}
+        _case(results, case, rounds, peers)
+    mine, theirs = (results.get(case, peer, "s") for peer in peers)
+    results.print_target(f"{case}, times as fast", theirs / mine if mine and theirs else None, 1, at_least=True)
+
+
+def fetched(program: str) -> None:
+    """Run it, in a namespace of its own."""
+    exec(program, {})
 
 
 if __name__ == "__main__":
