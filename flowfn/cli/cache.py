@@ -156,11 +156,12 @@ def _verify(args: Any) -> int:
     from flowfn_runtime.data.cache import Cache
     from flowfn_runtime.data.verify import verify
 
-    from . import output
+    from . import output, progress
 
     cache = Cache()
     cache.room.sweep()
-    problems = list(verify(cache, content=not args.quick))
+    with progress.bar(quiet=args.json) as tell:
+        problems = list(verify(cache, content=not args.quick, progress=tell))
     dropped = 0
     if args.drop:
         for digest in dict.fromkeys(problem.digest for problem in problems):

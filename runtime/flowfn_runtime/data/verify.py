@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flowfn_runtime.data.locks import lease
 from flowfn_runtime.data.snapshot import read_listing, read_meta
+from flowfn_runtime.data.tally import Tally, Tell
 
 if TYPE_CHECKING:
     from flowfn_runtime.data.cache import Cache
@@ -39,10 +40,11 @@ class Problem:
     what: str
 
 
-def verify(cache: Cache, *, content: bool = True) -> Iterator[Problem]:
+def verify(cache: Cache, *, content: bool = True, progress: Tell | None = None) -> Iterator[Problem]:
     """Every problem of the snapshots in `cache`: files that are missing, have another length, or (with `content`) have
     other bytes than their ETag says. Each object is read once, in however many snapshots it is."""
     seen: dict[str, str | None] = {}
+    tally = Tally(cache.root, cache.room.used_bytes() if progress else None, 0, progress)
     for digest, folder in cache.folders():
         fd = lease(os.path.join(folder, "lease"))
         if fd is None:
@@ -57,6 +59,7 @@ def verify(cache: Cache, *, content: bool = True) -> Iterator[Problem]:
                     file = os.path.join(folder, "tree", path)
                     if name not in seen:
                         seen[name] = _problem(file, size, etag, modified, content)
+                        tally.add(size or 0, 1)
                     if what := seen[name]:
                         yield Problem(str(meta["url"]), file, digest, what)
             except (OSError, ValueError) as error:
