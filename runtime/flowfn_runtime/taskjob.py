@@ -31,9 +31,8 @@ from .supervisor import Ended, Supervisor
 from .tasknode import Nodes
 
 ANSWER_S = 10.0  # how long the engine may take to say how the job is
-LOCK_S = (
-    300.0  # how long one that the engine has lost sight of is waited for; servers of files forget dead nodes sooner
-)
+# How long one that the engine has lost sight of is waited for. Servers of files forget dead nodes sooner.
+LOCK_S = 300.0
 LOOK_S = 0.5
 # For the ranks: where all nodes are, where they meet, and which one it is, unless srun says so.
 ADDRESSES, PORT, RANK = "FLOW_JOB_ADDRESSES", "FLOW_JOB_PORT", "FLOW_JOB_RANK"
