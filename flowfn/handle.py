@@ -188,8 +188,8 @@ class Function(Generic[P, R]):
         pool = self._pool
         if isinstance(self.spec.secrets, tuple) and self.spec.secrets:
             pool = None  # which one it is depends on their values
-        if pool is not None and pool.backend.ships_project and pool.code != pools.code_of(pool.backend):
-            pool = None  # files were edited, or modules imported that its workers don't have
+        if pool is not None and pool.code != pools.code_of(pool.backend):
+            pool = None  # files were edited, or modules imported that its workers don't have; or who asks has changed
         if pool is None or self._generation != pools.current or pool.closed:
             pool = self._pool = pools.pool_for(self.spec)
             self._generation = pools.current

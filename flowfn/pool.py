@@ -72,7 +72,7 @@ class Pool:
         usual = IDLE_TIMEOUT_GPU_S if spec.gpu else IDLE_TIMEOUT_S
         self.idle_timeout = usual if spec.idle_timeout is None else spec.idle_timeout
         self.closed = False
-        self.code = 0  # the state of the project that its workers have
+        self.code = 0  # what its workers have started with: see `pools.code_of`
         self._lock = threading.Lock()
         self._idle: list[Worker] = []  # the last is the one used last
         self._alive: set[Worker] = set()

@@ -101,6 +101,21 @@ def test_what_is_configured_for_fsspec_holds_for_the_worker(s3: S3, monkeypatch:
     assert read.remote(flow.File(s3.put("in", b"content"))) == "content"
 
 
+def test_who_asks_may_change_while_workers_are_there(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @flow.function
+    def length(file: flow.File | None) -> int:
+        return len(Path(file).read_bytes()) if file else 0
+
+    (bucket / "in").write_bytes(b"content")
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert length.remote(None) == 0
+    with pytest.raises(flow.DataAccessDenied, match="AWS_SECRET_ACCESS_KEY"):
+        length.remote(flow.File(f"s3://{bucket.name}/in"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    assert length.remote(flow.File(f"s3://{bucket.name}/in")) == 7
+
+
 def test_changed_and_missing_data_are_the_calls_errors(bucket: Path) -> None:
     @flow.function
     def size(file: flow.File) -> int:
