@@ -104,9 +104,10 @@ def launch(
     """What a worker of this spec needs on another machine.
 
     `enforce`: the limits that the runtime there sees to; a backend whose engine does it leaves them out. `environ`:
-    more variables, of the backend's. `project`: whether the user's files go along. `sandbox`: whether mounts get a
-    filesystem made by the runtime; False: the program is started where its mounts are in place already, and `mounts` is
-    not told. `image`: what to build a virtual environment of there (`flow.Image`).
+    more variables, of the backend's, which count while data is staged, too. `project`: whether the user's files go
+    along. `sandbox`: whether mounts get a filesystem made by the runtime; False: the program is started where its
+    mounts are in place already, and `mounts` is not told. `image`: what to build a virtual environment of there
+    (`flow.Image`).
     """
     from flowfn import config
 
@@ -122,7 +123,7 @@ def launch(
     setup: dict[str, Any] = {
         "request": request,
         "env": env,
-        "environ": settings.data_environment(env) if sandbox else {},
+        "environ": {**(environ or {}), **settings.data_environment(env)} if sandbox else {},
         "project_name": settings.project,
         "mounts": [settings.with_options(mount).to_dict() for mount in spec.mounts] if sandbox else [],
         "argv0": os.path.basename(sys.argv[0]) if sys.argv else "",

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 def home() -> str:
     """The flowfn home: volumes, tasks, the registry and locks. `FLOW_HOME`, else `~/.flowfn`."""
-    return os.path.abspath(os.environ.get("FLOW_HOME") or os.path.expanduser("~/.flowfn"))
+    return os.path.abspath(os.path.expanduser(os.environ.get("FLOW_HOME") or "~/.flowfn"))
 
 
 def cache() -> str:
     """The host's cache of staged data. `FLOW_CACHE`, else `$XDG_CACHE_HOME/flowfn`, else `~/.cache/flowfn`."""
     if explicit := os.environ.get("FLOW_CACHE"):
-        return os.path.abspath(explicit)
+        return os.path.abspath(os.path.expanduser(explicit))
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.abspath(os.path.join(base, "flowfn"))
 

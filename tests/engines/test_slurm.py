@@ -99,6 +99,11 @@ class TestAsking:
         assert make(job_number, cluster.options(partition="main"), max_workers=1).remote() != first
         assert registry.get(cluster.options()) is registry.get(cluster.options())
 
+    def test_volumes_lie_in_the_home_that_was_chosen(self, cluster: SlurmCluster, tmp_path: Path) -> None:
+        chosen = cluster.options(home=str(tmp_path / "there"))
+        make(lambda: open("/kept/note", "w").close(), chosen, mounts={"/kept": "volume://kept"}).remote()
+        assert len(list(tmp_path.glob("there/volumes/*/data/note"))) == 1
+
     def test_within_another_job(self, cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
         """What Slurm says of the job that this process runs in is not meant for the workers' jobs."""
         monkeypatch.setenv("SLURM_JOB_ID", "4711")
