@@ -99,6 +99,7 @@ class Batch:
             done = len(self.results)
             if done == self.sent and not last and (not self.watched or self._reported == done):
                 return False
+            self.worker.own_up()
             first, values = self.sent, self.results[self.sent : done]
             self.results[first:done] = [None] * (done - first)
             flags, table, body, buffers = items.pack(values)

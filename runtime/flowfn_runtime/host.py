@@ -252,7 +252,8 @@ def run_worker(
         stream.send(wire.ERROR, meta=meta, body=payload.data, buffers=payload.buffers)
         return 0
     # What the client says of the environment is of before the claim.
-    worker.Worker(stream, side, pipes=pipes, pinned=claim.env if claim else None).serve()
+    kills = limits.kernel_kills() if request.get("cgroup") and request.get("memory") else None
+    worker.Worker(stream, side, pipes=pipes, pinned=claim.env if claim else None, kernel_kills=kills).serve()
     atexit._run_exitfuncs()
     del claim, cores  # held until here
     return 0

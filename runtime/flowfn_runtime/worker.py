@@ -13,7 +13,7 @@ import time
 import types
 from typing import TYPE_CHECKING, Any
 
-from . import bodies, exceptions, logs, outcomes, pickling, wire
+from . import bodies, exceptions, limits, logs, outcomes, pickling, wire
 from .batch import FLUSH_S, Batch
 from .errors import ProtocolError, SerializationError, VersionMismatch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 EVERYBODY = 1 << 31  # as in shm, which is not imported unless it is used
+END_S = 10.0  # the host looks every second at least
 STREAM_WINDOW = 16  # values of a generator that may be under way
 
 
@@ -35,11 +36,16 @@ class Worker:
         *,
         pipes: Sequence[tuple[int, int]] = (),
         pinned: Mapping[str, str] | None = None,
+        kernel_kills: int | None = None,
     ) -> None:
-        """`pipes` are for standard output and error, see `logs.Capture`; `pinned`: variables that stay as they are."""
+        """`pipes` are for standard output and error, see `logs.Capture`; `pinned`: variables that stay as they are.
+
+        `kernel_kills`, in a container with a limit of its own: how many processes the kernel had killed in it before.
+        """
         self.stream = stream
         self.side = side
         self.pinned = pinned or {}
+        self._kernel_kills = kernel_kills
         self._pipes = pipes
         self._own_path = sys.path[:]
         self.functions: dict[int, tuple[wire.Frame, str]] = {}
@@ -252,12 +258,21 @@ class Worker:
         else:
             meta, kind = b"", wire.RESULT
         self.capture.flush()
+        self.own_up()
         micros = min(int((time.perf_counter() - started) * 1e6), 0xFFFFFFFF)
         if kind == wire.RESULT:
             self.stream.send_back(kind, call=call, arg=micros, body=payload.data, buffers=payload.buffers)
         else:
             self.stream.send(kind, call=call, arg=micros, meta=meta, body=payload.data, buffers=payload.buffers)
         self.capture.call = 0
+
+    def own_up(self) -> None:
+        """Give no outcome of a call of which the kernel killed something for want of memory: the host ends this worker.
+
+        The function may not have noticed, and the host looks now and then only.
+        """
+        if self._kernel_kills is not None and limits.kernel_kills() > self._kernel_kills:
+            time.sleep(END_S)
 
     def settle(self, value: Any) -> Any:
         """The value, awaited if it is a coroutine."""
