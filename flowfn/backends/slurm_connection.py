@@ -63,6 +63,17 @@ class SlurmConnection(stream.StreamConnection):
         if any(option.startswith("--jobid=") for option in start.options):
             clock.later(STEP_S, self._may_wait)
 
+    @property
+    def label(self) -> str:
+        """Of what is known by now: the job is heard of in one thread, its worker in another."""
+        where = f"slurm job {self.job}" if self.job else "slurm"
+        where += f" on {self.node}" if self.node else ""
+        return f"{where} pid {self.facts['pid']}" if self.facts else where
+
+    @label.setter
+    def label(self, _: str) -> None:
+        pass
+
     def _runs(self) -> bool:
         return bool(self.node)
 
@@ -78,13 +89,11 @@ class SlurmConnection(stream.StreamConnection):
     def heard(self, line: bytes) -> bool:
         if line.startswith(SAYS):
             self.job, _, self.node = line[len(SAYS) :].decode(errors="replace").partition(" ")
-            self.label = f"slurm job {self.job} on {self.node}"
             self.backend.runs(self)
             return True
         if queued := re.match(_QUEUED, line):
             self.job = queued[1].decode()
             self.waits = True
-            self.label = f"slurm job {self.job}"
             self.backend.somebody_waits()
         return False
 
