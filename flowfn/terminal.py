@@ -187,3 +187,10 @@ def staging(progress: dict[str, Any]) -> None:
     if bar.total is not None and bar.done >= bar.total:
         bar.close()
         _staging.pop(url, None)
+
+
+def staging_over() -> None:
+    """A worker is there, or was given up: bars of what it staged are not left on the screen. Others' come again."""
+    for url in list(_staging):
+        if (bar := _staging.pop(url, None)) is not None:
+            bar.close()

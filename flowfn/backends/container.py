@@ -292,12 +292,15 @@ class ContainerBackend(Backend):
 
             from flowfn_runtime.data import mounts
 
-            staged = mounts.stage(
-                [settings.with_options(mount) for mount in spec.mounts],
-                env=spec.environment(os.environ),
-                project=settings.project,
-                progress=_show,
-            )
+            try:
+                staged = mounts.stage(
+                    [settings.with_options(mount) for mount in spec.mounts],
+                    env=spec.environment(os.environ),
+                    project=settings.project,
+                    progress=_show,
+                )
+            finally:
+                terminal.staging_over()
             held.keep(staged.lease_fds)
             binds += [bind(b.host_path, b.target, b.read_only) for b in staged.binds]
             environ["FLOW_MOUNTS"] = json.dumps({mount.source: mount.target for mount in spec.mounts})

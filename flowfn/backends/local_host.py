@@ -157,7 +157,13 @@ class Host:
             connection.ended(Exit(detail=f"the host process of the local backend {how}"))
         if not self.staged.is_set():
             self.error = self.error or BackendUnavailable(f"the host process of the local backend {how} while starting")
-            self.staged.set()
+            self._staging_over()
+
+    def _staging_over(self) -> None:
+        from flowfn import terminal
+
+        terminal.staging_over()
+        self.staged.set()
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "exitcode" in message:
@@ -175,14 +181,14 @@ class Host:
 
             terminal.staging(message["progress"])
         elif "launched" in message:
-            self.staged.set()
+            self._staging_over()
         elif "error" in message:
             import base64
 
             from flowfn_runtime import exceptions
 
             self.error = exceptions.loads(base64.b64decode(message["error"]))
-            self.staged.set()
+            self._staging_over()
 
     def close(self) -> None:
         """End the host and its workers; returns when it is gone."""

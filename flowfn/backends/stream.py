@@ -114,6 +114,15 @@ def ended(connection: StreamConnection, explain: Explain | None) -> FlowError:
 
 def prepare(connection: StreamConnection, launch: Launch) -> None:
     """Answer what the other side asks until the worker's process is there."""
+    from flowfn import terminal
+
+    try:
+        _prepare(connection, launch)
+    finally:
+        terminal.staging_over()
+
+
+def _prepare(connection: StreamConnection, launch: Launch) -> None:
     stream = connection.stream
     while True:
         frame = stream.receive()

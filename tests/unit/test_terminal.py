@@ -161,4 +161,16 @@ def test_staging_is_shown_to_its_end(screen: Screen, monkeypatch: pytest.MonkeyP
     state: dict[str, Any] = {"url": "s3://b/p", "total_bytes": 10}
     for done in (1, 5, 10):
         terminal.staging({**state, "done_bytes": done})
-    assert "staging s3://b/p" in screen.text() and not terminal._staging
+    assert "staging s3://b/p" in screen.text() and "s3://b/p" not in terminal._staging
+
+
+def test_staging_that_was_given_up_leaves_the_screen_to_others(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen.use(monkeypatch)
+    monkeypatch.setattr(terminal, "REDRAW_S", 0.0)
+    terminal.staging({"url": "s3://b/q", "total_bytes": 10, "done_bytes": 5})
+    terminal.staging_over()
+    progress = terminal.Progress("next", 3)
+    progress.update(1)
+    progress.close()
+    shown = screen.text()
+    assert "5/10" in shown and "next" in shown and not terminal._staging
