@@ -1,4 +1,4 @@
-"""The number of threads, against simulated servers: how many requests a second each does for how many threads."""
+"""The number of threads, against simulated servers, by the requests a second that each does; and the size of writes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from flowfn_runtime.data.pace import MOST_SMALL_THREADS, Pace
+from flowfn_runtime.data.writing import LARGE_BYTES, SMALL_BYTES, Writer
 
 
 def threads_after(seconds: float, speed: Callable[[int], float], busy: Callable[[int], float], mean: float) -> int:
@@ -49,3 +50,14 @@ def test_never_more_threads_than_work() -> None:
 
 def test_what_is_more_the_kernel_s_work_begins_with_more_threads() -> None:
     assert [Pace(mean, now=0.0, used=0.0).first for mean in (4096, 100 << 10, 16 << 20)] == [1, 1, 4]
+
+
+def test_writes_get_small_where_memory_for_large_ones_is_dear() -> None:
+    writer = Writer()
+    for _ in range(100):
+        writer.learn(1 << 20, 0.3e-3)
+    writer.learn(1 << 20, 5e-3)  # once is nothing
+    assert writer.at_once == LARGE_BYTES
+    for _ in range(10):
+        writer.learn(1 << 20, 3e-3)
+    assert writer.at_once == SMALL_BYTES

@@ -20,7 +20,7 @@ from flowfn_runtime.data.model import Object
 from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.snapshot import boot_id, object_name
 from flowfn_runtime.data.sources import Source
-from flowfn_runtime.data.transfer import write_all
+from flowfn_runtime.data.writing import write_all
 
 BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 64

@@ -8,7 +8,6 @@ for one that is far away.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from flowfn_runtime.data.retry import Patience
 from flowfn_runtime.data.sources import Source
 from flowfn_runtime.data.spec import redact
 from flowfn_runtime.data.tally import Tally, Tell
+from flowfn_runtime.data.writing import Writer
 from flowfn_runtime.errors import CallCancelled
 
 PART_BYTES = 16 << 20
@@ -34,11 +34,6 @@ WHOLE_BYTES = 16 << 20
 # server is with the next. (More threads would do the same, and wait for each other.)
 _AHEAD = 4
 _AHEAD_BYTES = 1 << 20
-# Writes of a mebibyte each take twice the processor time of these (measured on ext4 of Linux 6.18).
-_WRITE_BYTES = 512 << 10
-# Of objects of some megabytes, many of which are written side by side. The kernel takes memory for a file in pieces as
-# large as the write: where large ones are rare that takes up to three times as long, where they are not a little less.
-_SIDE_BY_SIDE_BYTES = 32 << 10
 # Pieces of memory for what has arrived and is not hashed yet.
 _SPARES = 64
 
@@ -100,6 +95,7 @@ class _Fetch:
         self.failure: BaseException | None = None
         self.patience = Patience(source.url)
         self.fetched = 0
+        self.writer = Writer()
         sizes = [job.object.size for job in self.waiting]
         total = None if None in sizes else sum(size or 0 for size in sizes)
         self.tally = Tally(redact(source.url), total, len(sizes), progress)
@@ -277,7 +273,6 @@ class _Fetch:
         object, expected = job.object, job.object.md5
         if object.size == 0:
             return
-        at_once = _WRITE_BYTES if (object.size or 0) <= _AHEAD_BYTES else _SIDE_BY_SIDE_BYTES
 
         def attempt() -> None:
             nonlocal asked
@@ -288,7 +283,7 @@ class _Fetch:
                 nonlocal position
                 if self.failure is not None:
                     raise CallCancelled("The transfer was stopped.")
-                write_all(fd, piece, position, at_once)
+                self.writer.write(fd, piece, position)
                 position += len(piece)
                 if digest:
                     digest.update(piece)
@@ -321,7 +316,7 @@ class _Fetch:
             if position + len(piece) > end:
                 raise WireError(f"more than {end - first} bytes came")
             with parts.writing:
-                write_all(parts.fd, piece, position)
+                self.writer.write(parts.fd, piece, position)
             position += len(piece)
             return digest.arrived(index, position, piece) if digest else None
 
@@ -369,11 +364,3 @@ class _Fetch:
             self.open_parts.add(again)
             self.lock.notify_all()
         self.parts.extend((again, index) for index in range(again.count))
-
-
-def write_all(fd: int, piece: memoryview, position: int, at_once: int = _WRITE_BYTES) -> None:
-    """Write `piece` at `position`, all of it, so many bytes at a time."""
-    while piece:
-        count = os.pwrite(fd, piece[:at_once], position)
-        piece = piece[count:]
-        position += count
